@@ -1,0 +1,80 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORE := $(wildcard csrc/*) CMakeLists.txt setup.py
+CPP_TESTS := $(wildcard tests/cpp/*)
+# torch 2.13.0: the tested version, and on PyPI's mirrors with a CPU build it keeps CUDA away.
+TORCH := torch==2.13.0
+DOCTEST := $(firstword $(wildcard /usr/include/doctest/doctest.h /usr/local/include/doctest/doctest.h))
+
+.PHONY: demo test test-cpp check format sanitize bench wheel clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo
+	$(BIN)/ringkern demo
+
+test: $(VENV)/test test-cpp
+	$(BIN)/python -m pytest
+
+# The C++ core's own tests need doctest (Debian: apt-get install doctest-dev).
+ifdef DOCTEST
+test-cpp: build/core/.built
+	$(BIN)/ctest --test-dir build/core --output-on-failure
+else
+test-cpp:
+	@echo 'SKIPPED: C++ tests (tests/cpp): doctest is not installed; apt-get install doctest-dev'
+endif
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp tests/cpp/*
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp tests/cpp/*
+
+# The C++ tests under AddressSanitizer + UndefinedBehaviorSanitizer, then under ThreadSanitizer.
+sanitize: build/address/.built build/thread/.built
+	$(BIN)/ctest --test-dir build/address --output-on-failure
+	$(BIN)/ctest --test-dir build/thread --output-on-failure
+
+bench: $(VENV)/demo
+	$(BIN)/python -m bench.run $(CASE)
+	$(BIN)/python -m bench.report
+
+# Builds sdist and wheel, and installs each in an empty environment.
+wheel: $(VENV)/dev
+	rm -rf dist
+	$(BIN)/python -m build
+	PYTHON=$(PYTHON) tests/check_dist.sh dist
+
+clean:
+	rm -rf build dist $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/base: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet $(TORCH) numpy cmake ninja pybind11 setuptools wheel
+	touch $@
+
+# Editable, so that Python changes need no build; rebuilt where the core changed.
+$(VENV)/installed: $(VENV)/base $(CORE)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/demo $(VENV)/test $(VENV)/dev: $(VENV)/%: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$*]'
+	touch $@
+
+build/core/.built build/address/.built build/thread/.built: build/%/.built: $(CORE) $(CPP_TESTS) | $(VENV)/base
+	$(BIN)/cmake -S . -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DRINGKERN_PYTHON=OFF -DRINGKERN_TESTS=ON -DRINGKERN_WERROR=ON \
+	    -DRINGKERN_SANITIZE=$(filter-out core,$*) -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	$(BIN)/cmake --build build/$*
+	touch $@
