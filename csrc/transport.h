@@ -1,0 +1,89 @@
+// How one rank of a ring passes buffers to the others. Implemented by tcp.cpp.
+//
+// Layering: this directory knows ranks, bytes and streams. It does not know tensors, torch,
+// attention or Python; only bind.cpp includes Python headers.
+
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace ringkern {
+
+// A CUDA stream as an integer; 0 is CUDA's default stream, so it does not mean "host".
+// A transport moves either device or host memory, as it was made; for host it is ignored.
+using Stream = std::uintptr_t;
+
+// Names a posted exchange. Tickets are given in order; they may complete in another order.
+using Ticket = std::uint64_t;
+
+struct Send {
+  int peer;
+  const void* data;
+  std::size_t nbytes;
+};
+
+struct Recv {
+  int peer;
+  void* data;
+  std::size_t nbytes;
+};
+
+// When an exchange was posted and when its last byte moved: CLOCK_MONOTONIC, which is what
+// Python's time.monotonic_ns() reads.
+struct Times {
+  std::int64_t posted_ns = 0;
+  std::int64_t done_ns = 0;
+};
+
+// What one rank has moved, payload bytes only, headers not counted.
+struct Stats {
+  std::vector<std::uint64_t> bytes_sent;      // by peer
+  std::vector<std::uint64_t> bytes_received;  // by peer
+  std::uint64_t messages_sent = 0;
+  std::uint64_t messages_received = 0;
+  std::uint64_t rejected_connections = 0;  // clients that failed the handshake
+};
+
+class Transport {
+ public:
+  Transport() = default;
+  Transport(const Transport&) = delete;
+  Transport& operator=(const Transport&) = delete;
+  virtual ~Transport() = default;  // closes
+
+  // Posts messages to and from any other ranks; all of them progress together.
+  //
+  // Between two ranks messages match in the order posted, and sizes must be equal on both ends;
+  // a size of zero is a message like any other. The buffers belong to the caller and must stay as
+  // they are until wait() returns or throws for the ticket. Throws ArgumentError before anything
+  // is posted.
+  virtual Ticket exchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs,
+                          Stream stream) = 0;
+
+  // Returns true once wait(ticket) will not block, false after at most `slice`. For callers that
+  // must look up now and then, as Python does for Ctrl-C.
+  virtual bool poll(Ticket ticket, std::chrono::milliseconds slice) = 0;
+
+  // Returns when the exchange is done, and forgets the ticket: a ticket is waited for once, from
+  // any thread, in any order.
+  //
+  // Throws TransportError or a class below it when the ring has failed; then no thread touches a
+  // caller's buffer any more, and every later call throws the same first error on this rank.
+  // Every rank's error names the same rank as its origin.
+  virtual Times wait(Ticket ticket, Stream stream) = 0;
+
+  // Fails the ring on every rank, with this rank as the origin. Any thread may call it.
+  virtual void abort(const std::string& reason) = 0;
+
+  // Leaves the ring: says goodbye to the peers and frees threads and sockets. Any thread may call
+  // it, more than once, also after a failure. What is still pending fails on both ends.
+  virtual void close() = 0;
+
+  virtual Stats stats() const = 0;
+};
+
+}  // namespace ringkern
