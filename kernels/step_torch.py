@@ -1,0 +1,130 @@
+"""One ring step in plain torch, for the CPU: the contract of step.py without a GPU.
+
+State per query row: the normalised out and lse over the keys seen so far, both float32. A span
+adds its keys to it. Work is cut into blocks of bounded size, each of which goes to torch's fused
+CPU attention where its traps do not bite and to plain matrix products elsewhere.
+"""
+
+import torch
+
+# Rows per block. A fused block never materialises its scores; its float32 copies of q, k and v
+# and its partial out are what these bound. Below 2048 the fused op slows down (1024: by 10 %).
+BLOCK_Q = 2048
+BLOCK_K = 4096
+# Rows per block of the plain path, whose scores are [nheads, PLAIN_Q, PLAIN_K] float32.
+PLAIN_Q = 256
+PLAIN_K = 1024
+
+
+def step(q, k, v, out, lse, spans, *, softmax_scale, softcap=0.0):
+    """Add the keys of `spans` to the running (out, lse), in place.
+
+    Args:
+        q: [batch, seqlen_q, nheads, headdim], any floating dtype; computed in float32.
+        k, v: [batch, seqlen_k, nheads_k, headdim] and [..., headdim_v].
+        out: [batch, seqlen_q, nheads, headdim_v] float32, normalised; 0 where nothing was seen.
+        lse: [batch, nheads, seqlen_q] float32, natural log; -inf where nothing was seen.
+        spans: rows (q0, q1, k0, k1, lo, hi) as in types.Span.
+    """
+    fused = q.shape[-1] == v.shape[-1] and softcap == 0.0
+    pieces = _fused_pieces if fused else _plain_pieces
+    for q0, q1, k0, k1, lo, hi in spans:
+        for piece in pieces(q1 - q0, k1 - k0, lo, hi):
+            i0, i1, j0, j1, kind = piece
+            rows, keys = slice(q0 + i0, q0 + i1), slice(k0 + j0, k0 + j1)
+            q_block, k_block, v_block = (
+                x.float().transpose(1, 2) for x in (q[:, rows], k[:, keys], v[:, keys])
+            )
+            if kind == PLAIN:
+                shift = i0 - j0  # the band, counted from the block's own corner
+                part = _plain(
+                    q_block, k_block, v_block, lo + shift, hi + shift, softmax_scale, softcap
+                )
+            else:
+                part = _fused(q_block, k_block, v_block, kind == TRIANGLE, softmax_scale)
+            merge_(out[:, rows], lse[:, :, rows], *part)
+
+
+FULL, TRIANGLE, PLAIN = range(3)
+
+
+def _fused_pieces(q_length, k_length, lo, hi):
+    """Yield (i0, i1, j0, j1, kind) that together cover the band lo <= j - i <= hi exactly once.
+
+    Per block of rows: keys that all rows see are FULL; from the first row's last key on, the rest
+    is a TRIANGLE, row i sees j <= i, which is how the fused op aligns its causal mask. Where the
+    band's left edge cuts through a block, the op has no mask to fit: PLAIN.
+    """
+    for i0 in range(0, q_length, BLOCK_Q):
+        i1 = min(i0 + BLOCK_Q, q_length)
+        i0 = max(i0, -hi)  # rows before see nothing
+        if i0 >= i1:
+            continue
+        first, last = max(0, i0 + lo), min(k_length, i1 + hi)  # keys that any row sees
+        common = max(0, i1 - 1 + lo)  # from here on no row is cut on the left
+        corner = i0 + hi if i0 + hi < k_length - 1 else k_length  # to here every row sees all
+        if common > corner:
+            yield from _plain_blocks(i0, i1, first, last, lo, hi)
+            continue
+        if first < common:
+            yield from _plain_blocks(i0, i1, first, common, lo, hi)
+        for j0 in range(common, corner, BLOCK_K):
+            yield i0, i1, j0, min(j0 + BLOCK_K, corner), FULL
+        if corner < last:
+            yield i0, i1, corner, last, TRIANGLE
+
+
+def _plain_pieces(q_length, k_length, lo, hi):
+    yield from _plain_blocks(0, q_length, 0, k_length, lo, hi)
+
+
+def _plain_blocks(i0, i1, j0, j1, lo, hi):
+    """Yield PLAIN pieces of the rectangle that the band lo <= j - i <= hi touches."""
+    for a in range(i0, i1, PLAIN_Q):
+        b = min(a + PLAIN_Q, i1)
+        for c in range(max(j0, a + lo), min(j1, b + hi), PLAIN_K):
+            yield a, b, c, min(c + PLAIN_K, j1, b + hi), PLAIN
+
+
+def _fused(q, k, v, causal, softmax_scale):
+    """Attend with torch's fused CPU op. float32, [batch, heads, rows, headdim].
+
+    Its traps (wrong lse for rows without keys, a crash without any key) cannot be met: a piece
+    has keys, and each of its rows sees at least one.
+    """
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, scale=softmax_scale
+    )
+    return out.transpose(1, 2), lse
+
+
+def _plain(q, k, v, lo, hi, softmax_scale, softcap):
+    """Attend by matrix products under the band lo <= j - i <= hi. Shapes as for _fused."""
+    batch, nheads, rows, headdim = q.shape
+    nheads_k, keys = k.shape[1], k.shape[2]
+    # The query heads that share a key head become rows of one product.
+    q = q.reshape(batch, nheads_k, -1, headdim)
+    scores = (q @ k.transpose(-1, -2)).mul_(softmax_scale)
+    if softcap:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    scores = scores.view(batch, nheads, rows, keys)
+    if lo > 1 - rows or hi < keys - 1:
+        ahead = torch.arange(keys) - torch.arange(rows)[:, None]
+        scores.masked_fill_((ahead < lo) | (ahead > hi), float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    shift = torch.where(lse == float("-inf"), 0.0, lse)  # a row without keys: exp(-inf - 0) = 0
+    weights = scores.sub_(shift[..., None]).exp_()
+    out = weights.view(batch, nheads_k, -1, keys) @ v
+    return out.view(batch, nheads, rows, -1).transpose(1, 2), lse
+
+
+def merge_(out, lse, part_out, part_lse):
+    """Merge a part into the running (out, lse), in place. paper.md, equation (4), for two.
+
+    float32, out [batch, rows, nheads, headdim], lse [batch, nheads, rows]. Neither lse may be
+    +inf; -inf on either side or both is exact, NaN stays NaN.
+    """
+    total = torch.logaddexp(lse, part_lse)
+    weight = torch.exp(part_lse - total).masked_fill_(total == float("-inf"), 0.0)
+    out.lerp_(part_out, weight.transpose(1, 2)[..., None])
+    lse.copy_(total)
