@@ -1,0 +1,135 @@
+"""The environment: every RINGKERN_* variable, and what this machine is.
+
+Precedence everywhere: argument, then variable, then default.
+"""
+
+import os
+import pathlib
+import socket
+
+from ringkern.errors import ArgumentError, check
+
+# name -> what it does. doctor prints this list; the README repeats it.
+VARIABLES = {
+    "RINGKERN_SECRET": "the ring's shared secret, at least 32 bytes of text",
+    "RINGKERN_SECRET_FILE": "a file that holds the secret",
+    "RINGKERN_HOST": "numeric address to listen on; default: the one that routes to MASTER_ADDR",
+    "RINGKERN_IFNAME": "network interface to listen on, by name",
+    "RINGKERN_LANES": "TCP connections per peer that share the data, 1 to 16; default 1",
+    "RINGKERN_CHECKSUM": "1: check every payload by CRC32C",
+    "RINGKERN_CHECK": "1: compare the arguments of every call between ranks first",
+}
+MIN_SECRET = 32
+
+
+def flag(name: str) -> bool:
+    """Return whether a 0/1 variable is set to 1."""
+    value = os.environ.get(name, "0")
+    check(value in ("0", "1"), name, "0 or 1", repr(value))
+    return value == "1"
+
+
+def lanes() -> int:
+    """Return RINGKERN_LANES, 1 to 16."""
+    value = os.environ.get("RINGKERN_LANES", "1")
+    check(value.isdigit() and 1 <= int(value) <= 16, "RINGKERN_LANES", "1 to 16", repr(value))
+    return int(value)
+
+
+def secret(argument: bytes | str | None) -> bytes | None:
+    """Return the secret that the user gave, by argument, variable or file; None if by none."""
+    path = os.environ.get("RINGKERN_SECRET_FILE")
+    if argument is not None:
+        what, value = "secret", argument
+    elif "RINGKERN_SECRET" in os.environ:
+        what, value = "RINGKERN_SECRET", os.environ["RINGKERN_SECRET"]
+    elif path is not None:
+        what = "RINGKERN_SECRET_FILE"
+        try:
+            value = pathlib.Path(path).read_bytes().strip()
+        except OSError as error:
+            raise ArgumentError(f"{what}: want a readable file, got {path}: {error}") from error
+    else:
+        return None
+    value = value.encode() if isinstance(value, str) else value
+    check(isinstance(value, bytes), what, "bytes or text", type(value).__name__)
+    hint = "`openssl rand -hex 32` makes one."
+    check(len(value) >= MIN_SECRET, what, f"at least {MIN_SECRET} bytes", len(value), hint)
+    return value
+
+
+def torchrun() -> tuple[int, int, str, int]:
+    """Return (rank, world_size, master address, master port) as torchrun sets them."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    check(
+        not missing,
+        "group",
+        "a process group, a DeviceMesh or torchrun's environment",
+        f"none, and {', '.join(missing)} not set",
+        "Start with `torchrun --nproc-per-node N script.py`, or call "
+        "torch.distributed.init_process_group() first.",
+    )
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        check(os.environ[name].isdigit(), name, "a whole number", repr(os.environ[name]))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    check(0 <= rank < world_size, "RANK", f"below WORLD_SIZE = {world_size}", rank)
+    return rank, world_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def host_id() -> str:
+    """Return what tells this host (and network namespace) from another."""
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    net = pathlib.Path("/proc/self/ns/net")
+    boot_id = boot.read_text().strip() if boot.exists() else ""
+    return f"{socket.gethostname()}/{boot_id}/{os.readlink(net) if net.exists() else ''}"
+
+
+def route_to(host: str) -> str:
+    """Return the numeric address of the interface that routes to host. Sends nothing."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise ArgumentError(
+            f"MASTER_ADDR: want a host that this one can route to, got {host!r}: {error}. "
+            "Set RINGKERN_HOST or RINGKERN_IFNAME."
+        ) from error
+
+
+def listen_host(interfaces: list[tuple[str, str, bool, bool]], one_host: bool) -> str:
+    """Return the one address to listen on: never a wildcard, refused where it is ambiguous.
+
+    Args:
+        interfaces: (name, address, is up, is loopback), as the extension lists them.
+        one_host: all ranks run on this host.
+    """
+    if "RINGKERN_HOST" in os.environ:
+        return os.environ["RINGKERN_HOST"]
+    name = os.environ.get("RINGKERN_IFNAME")
+    if name is not None:
+        up = [(n, a) for n, a, is_up, _ in interfaces if is_up]
+        mine = [a for n, a in up if n == name and not a.startswith("fe80:")]
+        mine = [a for a in mine if ":" not in a] or mine  # IPv4 where the interface has both
+        names = ", ".join(sorted({n for n, _ in up}))
+        check(bool(mine), "RINGKERN_IFNAME", f"an interface that is up ({names})", name)
+        check(
+            len(mine) == 1,
+            "RINGKERN_IFNAME",
+            "an interface with one address",
+            f"{name} with {', '.join(mine)}",
+            "Set RINGKERN_HOST to one of them.",
+        )
+        return mine[0]
+    if "MASTER_ADDR" in os.environ:
+        return route_to(os.environ["MASTER_ADDR"])
+    check(
+        one_host,
+        "RINGKERN_HOST",
+        "an address to listen on, as the ranks are on several hosts",
+        "none, and no MASTER_ADDR to route to",
+        "Set RINGKERN_HOST or RINGKERN_IFNAME.",
+    )
+    return "127.0.0.1"

@@ -1,0 +1,154 @@
+"""Opens a transport, and gives the extension's pointers and sizes a tensor's face."""
+
+import atexit
+import hashlib
+import hmac
+import os
+import weakref
+
+import torch
+
+from ringkern import env
+from ringkern.errors import (
+    ArgumentError,
+    AuthenticationError,
+    UnsupportedError,
+    check,
+)
+from ringkern.rendezvous import meet
+from ringkern.transport_local import LocalGroup, LocalTransport
+
+__all__ = ["LocalGroup", "Ticket", "TcpTransport", "open_transport"]
+
+
+class Ticket:
+    """A posted exchange. Its tensors stay alive until it is done, also if the ticket is dropped."""
+
+    def __init__(self, transport, number: int):
+        self._transport, self._number = transport, number
+
+    def wait(self) -> tuple[int, int]:
+        """Return when every message is through: (posted, done), time.monotonic_ns() both.
+
+        Raises:
+            TransportError: the ring failed; the same first error on every call from then on.
+        """
+        return self._transport.wait(self._number)
+
+
+class TcpTransport:
+    """Ranks as processes, over TCP. Wraps _C.Tcp; the contract is csrc/transport.h."""
+
+    name = "tcp"
+
+    def __init__(self, group, timeout_s: float, secret: bytes | str | None):
+        from ringkern import _C  # here, so that planning and attn_func need no extension
+
+        secret = env.secret(secret)
+        options = {"lanes": env.lanes(), "checksum": env.flag("RINGKERN_CHECKSUM")}
+        alike = options | {
+            "timeout_s": timeout_s,
+            "own_secret": secret is not None,
+            "RINGKERN_CHECK": env.flag("RINGKERN_CHECK"),
+        }
+        self._meeting = meeting = meet(group, timeout_s)  # rank 0 may serve the store: keep it
+        self.rank, self.world_size = meeting.rank, meeting.world_size
+        mine = {"rank": self.rank, "host": hashlib.sha256(env.host_id().encode()).hexdigest()}
+        mine |= alike
+        if self.rank == 0:
+            mine["ring_id"] = os.urandom(16).hex()
+            if secret is None:
+                mine["secret"] = os.urandom(env.MIN_SECRET).hex()
+        facts = meeting.all_gather(mine)
+        _check_alike(facts, alike)
+        ring_id = bytes.fromhex(facts[0]["ring_id"])
+        secret = bytes.fromhex(facts[0]["secret"]) if secret is None else secret
+
+        host = env.listen_host(_C.interfaces(), len({fact["host"] for fact in facts}) == 1)
+        listener = _C.Listener(host)
+        tag = hmac.new(secret, b"ringkern rendezvous" + ring_id, "sha256").hexdigest()
+        where = meeting.all_gather({"address": listener.address, "tag": tag})
+        other = [r for r, record in enumerate(where) if record["tag"] != where[0]["tag"]]
+        if other:
+            raise AuthenticationError(
+                f"secret: want the same on every rank, got another than rank 0's on ranks {other}. "
+                "Give all ranks one secret, RINGKERN_SECRET or RINGKERN_SECRET_FILE."
+            )
+        self.addresses = [record["address"] for record in where]
+        self._core = _C.Tcp(
+            listener, self.rank, self.addresses, ring_id, secret, float(timeout_s), **options
+        )
+        self._tensors: dict[int, tuple] = {}
+        _open.add(self)
+
+    def exchange(self, sends, recvs) -> Ticket:
+        """Post messages: lists of (peer, contiguous CPU tensor). All progress together."""
+        number = self._core.exchange(
+            [(peer, x.data_ptr(), x.numel() * x.element_size()) for peer, x in sends],
+            [(peer, x.data_ptr(), x.numel() * x.element_size()) for peer, x in recvs],
+        )
+        self._tensors[number] = (sends, recvs)
+        return Ticket(self, number)
+
+    def wait(self, number: int) -> tuple[int, int]:
+        try:
+            return self._core.wait(number)
+        except KeyboardInterrupt:
+            self.abort(f"rank {self.rank} was interrupted")
+            raise
+        finally:
+            # Done, or failed: then no thread touches the buffers any more.
+            self._tensors.pop(number, None)
+
+    def abort(self, reason: str) -> None:
+        """Fail every pending and later call, on every rank, with this reason."""
+        self._core.abort(reason)
+
+    def close(self) -> None:
+        self._core.close()
+        self._tensors.clear()
+        _open.discard(self)
+
+    def stats(self) -> dict:
+        return self._core.stats()
+
+
+_open: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all():
+    for transport in list(_open):
+        transport.close()
+
+
+def open_transport(group, transport: str, device, timeout_s: float, secret):
+    """Return the transport that the arguments of init_ring() name, and its device."""
+    names = ("auto", "tcp", "nccl", "local")
+    check(transport in names, "transport", f"one of {', '.join(names)}", repr(transport))
+    check(timeout_s > 0, "timeout_s", "more than 0", timeout_s)
+    try:
+        device = torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise ArgumentError(f"device: want a torch device, got {device!r}: {error}") from error
+    if transport == "nccl" or device.type != "cpu":
+        raise UnsupportedError(
+            f"a ring over {transport!r} on {device.type!r}: needs the NCCL transport, this version "
+            'moves CPU tensors over "tcp" and "local" only. Use transport="tcp", device="cpu".'
+        )
+    if transport == "local" or isinstance(group, LocalGroup.Member):
+        check(transport in ("local", "auto"), "transport", '"local" with a LocalGroup', transport)
+        check(secret is None, "secret", 'None with transport="local"', "a secret")
+        return LocalTransport(group, timeout_s), device
+    return TcpTransport(group, timeout_s, secret), device
+
+
+def _check_alike(facts: list[dict], keys) -> None:
+    """Raise on every rank alike if the ranks' options differ."""
+    for key in keys:
+        values: dict = {}
+        for rank, fact in enumerate(facts):
+            values.setdefault(fact[key], []).append(rank)
+        if len(values) > 1:
+            told = "; ".join(f"{value}: ranks {ranks}" for value, ranks in values.items())
+            raise ArgumentError(f"{key} differs between ranks: {told}. Give all ranks the same.")

@@ -1,0 +1,29 @@
+"""Run a function on ranks that are threads: a ring test in milliseconds."""
+
+import threading
+import traceback
+
+import ringkern
+
+
+def run_threads(fn, world_size, *args, timeout_s=30.0):
+    """Return fn(ring, *args) of each rank, or raise what the first rank to fail raised."""
+    group = ringkern.LocalGroup(world_size)
+    values, errors = [None] * world_size, []
+
+    def main(rank):
+        try:
+            with ringkern.init_ring(group[rank], transport="local", timeout_s=timeout_s) as ring:
+                values[rank] = fn(ring, *args)
+        except BaseException as error:
+            errors.append((rank, error, traceback.format_exc()))
+
+    threads = [threading.Thread(target=main, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        rank, error, text = errors[0]
+        raise AssertionError(f"rank {rank} of {world_size}:\n{text}") from error
+    return values
