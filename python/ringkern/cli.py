@@ -1,0 +1,163 @@
+"""The command ringkern."""
+
+import argparse
+import importlib
+import json
+import pathlib
+import sys
+
+import ringkern
+from ringkern.errors import ArgumentError, RingkernError, UnsupportedError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; tests freeze what it accepts."""
+    parser = argparse.ArgumentParser(
+        prog="ringkern",
+        description="Exact attention over sequences that are sharded across ranks.",
+        epilog="Exit codes: 0 done, 1 failed, 2 bad arguments. Errors go to stderr.",
+    )
+    parser.add_argument("--version", action="version", version=f"ringkern {ringkern.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="run a long text through a ring of processes and check every token",
+        description="Run a long text through a small decoder stack, its attention sharded over "
+        "processes on this host, and compare every token's hidden state with a run of one process.",
+    )
+    demo.add_argument("file", nargs="?", help="text to read; default: Python's standard library")
+    demo.add_argument("--tokens", type=int, default=8192, help="bytes of it (default: 8192)")
+    demo.add_argument("--ranks", type=int, default=4, help="processes (default: 4)")
+    demo.add_argument(
+        "--picture",
+        default="ringkern-demo.png",
+        metavar="PNG",
+        help="where to draw the timeline (default: ringkern-demo.png)",
+    )
+    demo.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds that an exchange may take (default: 60)",
+    )
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="print what this machine has and what a ring here would use",
+        description="Print interfaces, socket limits, torch, triton, CUDA and NCCL as found here, "
+        "and what a ring would use and why.",
+    )
+
+    plan = commands.add_parser(
+        "plan",
+        help="print who holds what, and every step of a prefill",
+        description="Print how a packed batch is sharded, and what each rank does at each step of "
+        "pass-KV. Needs no torch.",
+    )
+    plan.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks")
+    plan.add_argument(
+        "--lengths",
+        required=True,
+        type=_ints,
+        metavar="L[,L...]",
+        help="tokens per sequence, comma-separated",
+    )
+    plan.add_argument("--layout", default="zigzag", help="zigzag (default), contiguous or striped")
+    plan.add_argument("--rank", type=int, help="print this rank's runs and spans in full")
+    plan.add_argument(
+        "--no-causal", dest="causal", action="store_false", help="let every query see every key"
+    )
+    plan.add_argument(
+        "--window",
+        type=int,
+        nargs=2,
+        default=(-1, -1),
+        metavar=("LEFT", "RIGHT"),
+        help="positions seen before and after; -1: no bound (default)",
+    )
+    plan.add_argument("--nheads-k", type=int, default=8, help="key heads (default: 8)")
+    plan.add_argument("--headdim", type=int, default=128, help="(default: 128)")
+    plan.add_argument(
+        "--itemsize",
+        type=int,
+        default=2,
+        metavar="BYTES",
+        help="bytes per element (default: 2, bfloat16)",
+    )
+    bench = commands.add_parser(
+        "bench",
+        help="run the benchmarks of the checkout that this is started in",
+        description="Run benchmarks and append what they measured to bench/results/. Needs a "
+        "checkout of ringkern as the current directory.",
+    )
+    bench.add_argument("cases", nargs="*", metavar="CASE", help="ids or globs; default: all")
+    bench.add_argument("--list", action="store_true", help="print the ids and stop")
+    bench.add_argument("--quick", action="store_true", help="tiny sizes; records nothing")
+    for command in (demo, doctor, plan, bench):
+        command.add_argument("--json", action="store_true", help="print one JSON object per line")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    args = make_parser().parse_args(argv)
+    try:
+        commands = {"demo": _demo, "doctor": _doctor, "plan": _plan, "bench": _bench}
+        return commands[args.command](args)
+    except ArgumentError as error:
+        print(f"ringkern {args.command}: {error}", file=sys.stderr)
+        return 2
+    except (RingkernError, RuntimeError, OSError) as error:
+        print(f"ringkern {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"ringkern {args.command}: interrupted", file=sys.stderr)
+        return 1
+
+
+def _demo(args) -> int:
+    from ringkern import demo
+
+    return demo.run(args.file, args.tokens, args.ranks, args.picture, args.json, args.timeout)
+
+
+def _doctor(args) -> int:
+    from ringkern import doctor
+
+    for section, findings in doctor.report().items():
+        if args.json:
+            print(json.dumps({"section": section} | findings))
+            continue
+        print(section)
+        for name, value in findings.items():
+            print(f"  {name:36}  {value}")
+    return 0
+
+
+def _plan(args) -> int:
+    from ringkern import plan_printer
+
+    for line in plan_printer.lines(args):
+        print(line)
+    return 0
+
+
+def _bench(args) -> int:
+    here = pathlib.Path.cwd()
+    if not all((here / part).is_file() for part in ("bench/run.py", "python/ringkern/cli.py")):
+        raise UnsupportedError(
+            "benchmarks: need a checkout of ringkern, and the current directory is none. Clone it, "
+            "change to its top and run `ringkern bench` there."
+        )
+    sys.path.insert(0, str(here))
+    flags = [f"--{name}" for name in ("list", "quick", "json") if getattr(args, name)]
+    return importlib.import_module("bench.run").main([*flags, *args.cases])
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"want ints, comma-separated, got {text!r}") from None
