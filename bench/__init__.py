@@ -1,0 +1,1 @@
+"""Benchmarks: python -m bench.run, then python -m bench.report. What: bench/cases.py."""

@@ -1,0 +1,136 @@
+"""Runs cases and appends what they measured to bench/results/: python -m bench.run --help."""
+
+import argparse
+import datetime
+import json
+import pathlib
+import secrets
+import sys
+
+from ringkern.errors import ArgumentError
+from ringkern.launch import launch
+
+from bench import cases, machine, record, summary
+from bench.measurement import combine
+from bench.session import Session
+
+RESULTS = machine.ROOT / "bench" / "results"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser; `ringkern bench` passes on what it takes of this."""
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="ids or globs; default: all")
+    parser.add_argument("--list", action="store_true", help="print the ids and stop")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; records nothing")
+    parser.add_argument("--json", action="store_true", help="print records as JSON lines")
+    parser.add_argument("--out", type=pathlib.Path, metavar="JSONL", help="append to this file")
+    parser.add_argument("--note", default="", help="free text for the records")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what the command line asks for; return the exit code."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.quick and args.out:
+        parser.error("--quick records nothing: leave out --out")
+    try:
+        chosen = cases.select(args.cases)
+    except ArgumentError as error:
+        parser.error(str(error))
+    if args.list:
+        for case in chosen:
+            print(json.dumps({"case": case.id}) if args.json else case.id)
+        return 0
+    return Run(args).run(chosen)
+
+
+def run_rank(worker, chosen: list[cases.Case]) -> None:
+    """Measure cases on this rank, and say what each measured as soon as it is done."""
+    session = Session(worker.rank, worker.world_size)
+    try:
+        for case in chosen:
+            worker.say((case.id, case.measure(session, case)))
+    finally:
+        session.close()
+
+
+class Run:
+    """One run: its records share an id, the versions and the machine."""
+
+    def __init__(self, args):
+        self.args = args
+        now = datetime.datetime.now(datetime.timezone.utc)
+        self.facts = {
+            "run": secrets.token_hex(4),
+            "versions": machine.versions(),
+            "env": machine.environment(),
+            "host": machine.host(),
+            "note": args.note,
+        }
+        file = f"{machine.name()}-{now:%Y-%m-%d}.jsonl"
+        self.out = None if args.quick else args.out or RESULTS / file
+        self.failed = 0
+
+    def run(self, chosen: list[cases.Case]) -> int:
+        """Run the cases; return 1 if any failed."""
+        chosen = [cases.tiny(case) for case in chosen] if self.args.quick else chosen
+        for batch in self._batches(chosen):
+            try:
+                self._run_batch(batch)
+            except (RuntimeError, OSError) as error:
+                self._fail(", ".join(case.id for case in batch), str(error))
+        if self.failed:
+            print(f"{self.failed} FAILED, and not recorded", file=sys.stderr)
+        return 1 if self.failed else 0
+
+    def _batches(self, chosen):
+        """Return lists of cases that share processes: each case has its own, but in --quick."""
+        if not self.args.quick:
+            return [[case] for case in chosen]
+        together: dict[tuple, list] = {}
+        for case in chosen:
+            together.setdefault((case.in_ranks, case.world_size), []).append(case)
+        return list(together.values())
+
+    def _run_batch(self, batch) -> None:
+        self.facts["machine"] = machine.describe()
+        if not batch[0].in_ranks:
+            for case in batch:
+                self._finish(case, case.measure(None, case))
+            return
+        by_id = {case.id: case for case in batch}
+        said: dict[str, list] = {}
+
+        def on_message(rank, message):
+            case = by_id[message[0]]
+            heard = said.setdefault(case.id, [])
+            heard.append(message[1])
+            if len(heard) == case.world_size:
+                self._finish(case, {i: combine([one[i] for one in heard]) for i in case.impls})
+
+        world_size = batch[0].world_size
+        launch(run_rank, world_size, batch, threads=1, timeout_s=3600, on_message=on_message)
+
+    def _finish(self, case, found) -> None:
+        """Print a case's records, and append them if all of them are right."""
+        records = summary.make_records(case, found, self.facts)
+        for one in records:
+            print(json.dumps(one) if self.args.json else summary.line(one), flush=True)
+        faults = [fault for one in records for fault in record.check(one)]
+        if faults:
+            self._fail(case.id, "; ".join(faults))
+        elif not all(one["ok"] for one in records):
+            self._fail(case.id, "a result is wrong")
+        elif self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            record.append(self.out, records)
+
+    def _fail(self, what: str, why: str) -> None:
+        self.failed += 1
+        print(f"FAILED {what}: {why}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

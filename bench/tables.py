@@ -1,0 +1,167 @@
+"""The README's tables, each made from records and nothing else."""
+
+
+def transport(records: list[dict]) -> list[str]:
+    """ringkern's TCP against gloo, all ranks exchanging with all others at once."""
+    rows = [["each pair exchanges", "ranks", "ringkern, p50", "gloo, p50", "speed", "asked for"]]
+    for one in _of(records, "ringkern"):
+        peer = _find(records, one["case"], "gloo")
+        target = one["targets"].get("ratio")
+        rows.append(
+            [
+                _bytes(one["shape"]["nbytes"]),
+                one["world_size"],
+                _time_and_rate(one),
+                _time_and_rate(peer),
+                f"{1 / one['ratio']:.2f} x gloo",
+                "" if target is None else f"{1 / target:.2f} x{_verdict(one)}",
+            ]
+        )
+    return _table(rows)
+
+
+def ring(records: list[dict]) -> list[str]:
+    """Two ranks with one thread each against one process with two."""
+    heads = ["seqlen", "dtype", "ring, p50", "drop-in, p50", "one process, p50"]
+    rows = [heads + ["ring's time", "drop-in's", "asked for"]]
+    for one in _of(records, "ringkern"):
+        peer = _find(records, one["case"], "torch_sdpa")
+        func = _find(records, one["case"], "ringkern_func")
+        target = one["targets"].get("ratio")
+        rows.append(
+            [
+                one["shape"]["seqlen"],
+                one["dtype"],
+                _time(one["time_us"]["p50"]),
+                _time(func["time_us"]["p50"]),
+                _time(peer["time_us"]["p50"]),
+                f"{one['ratio']:.2f} x",
+                f"{func['ratio']:.2f} x",
+                "" if target is None else f"{target:.2f} x{_verdict(one)}",
+            ]
+        )
+    return _table(rows)
+
+
+def cost(records: list[dict]) -> list[str]:
+    """What the messages of the ring cost: how much of the time is exposed waiting."""
+    heads = ["seqlen", "dtype", "a rank sends", "under way", "exposed", "share of the call"]
+    rows = [heads]
+    for one in _of(records, "ringkern"):
+        rows.append(
+            [
+                one["shape"]["seqlen"],
+                one["dtype"],
+                _bytes(one["bytes_sent"]),
+                _time(one["detail"]["exchange_ms"] * 1e3),
+                _time(one["detail"]["wait_ms"] * 1e3),
+                f"{one['exposed_comm']:.2%}",
+            ]
+        )
+    return _table(rows)
+
+
+def memory(records: list[dict]) -> list[str]:
+    """A rank's peak above its inputs while the ring grows and its share stays as long."""
+    heads = ["ranks", "tokens per rank", "dtype", "peak above inputs"]
+    rows = [heads + ["wires + accumulator + block", "and with the C library's heap"]]
+    for one in _of(records, "ringkern"):
+        if one["case"].endswith("/heap"):
+            continue
+        heap = _find(records, one["case"] + "/heap", "ringkern")
+        parts = ("wires", "accumulator", "block")
+        rows.append(
+            [
+                one["world_size"],
+                one["shape"]["seqlen"] // one["world_size"],
+                one["dtype"],
+                _mb(one["peak_mem_bytes"]) + _verdict(one),
+                " + ".join(f"{one['detail'][p + '_bytes'] / 1e6:.1f}" for p in parts) + " MB",
+                _mb(heap["peak_mem_bytes"]) if heap else "",
+            ]
+        )
+    return _table(rows)
+
+
+def planning(records: list[dict]) -> list[str]:
+    """Placement, plan and schedule for 128 ranks, in a process without torch."""
+    rows = [
+        ["tokens", "ranks", "schedules made", "p50", "p99", "peak memory", "of it for planning"]
+    ]
+    for one in _of(records, "ringkern"):
+        shape = one["shape"]
+        planned = shape["ranks_planned"]
+        rows.append(
+            [
+                f"{shape['batch']} x {shape['seqlen']}",
+                one["world_size"],
+                f"{planned} rank{'s' * (planned > 1)}",
+                _time(one["time_us"]["p50"]),
+                _time(one["time_us"]["p99"]),
+                _mb(one["peak_mem_bytes"]) + _verdict(one),
+                _mb(one["detail"]["rss_growth_bytes"]),
+            ]
+        )
+    return _table(rows)
+
+
+def options(records: list[dict]) -> list[str]:
+    """What lanes and checksums cost against the plain ring of the same run."""
+    rows = [["64 MiB each way, 2 ranks", "p50", "time"]]
+    for one in records:
+        name = one["impl"].partition("+")[2] or "1 lane, no checksum"
+        ratio = "1" if one["ratio"] is None else f"{one['ratio']:.2f} x"
+        rows.append([name, _time_and_rate(one), ratio])
+    return _table(rows)
+
+
+# name -> (what the ids of its cases begin with, the function that makes it)
+TABLES = {
+    "transport": ("exchange/", transport),
+    "ring": ("ring_attn_fwd/", ring),
+    "cost": ("ring_attn_fwd/", cost),
+    "memory": ("memory/", memory),
+    "planning": ("plan/", planning),
+    "options": ("exchange_options/", options),
+}
+
+
+def _of(records, impl: str) -> list[dict]:
+    return [one for one in records if one["impl"] == impl]
+
+
+def _find(records, case: str, impl: str) -> dict | None:
+    return next((r for r in records if (r["case"], r["impl"]) == (case, impl)), None)
+
+
+def _table(rows: list[list]) -> list[str]:
+    """Return markdown; an empty list where there is no row but the heads."""
+    lines = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]] if len(rows) > 1 else []
+
+
+def _verdict(one: dict) -> str:
+    return ", **missed**" if one["met"] is False else ""
+
+
+def _time_and_rate(one: dict) -> str:
+    """Return the time of a call, and the rate where it is bytes and not latency that count."""
+    time, nbytes = _time(one["time_us"]["p50"]), one["shape"]["nbytes"]
+    return time if nbytes < 4096 else f"{time}, {one['busbw_gb_s']:.2f} GB/s"
+
+
+def _time(us: float) -> str:
+    if us < 1e3:
+        return f"{us:.0f} us" if us >= 10 else f"{us:.1f} us"
+    return f"{us / 1e3:.1f} ms" if us < 1e6 else f"{us / 1e6:.2f} s"
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:g} {unit}"
+    return f"{count} bytes"
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"

@@ -1,0 +1,204 @@
+"""The benchmarks: their records, their report, and that every case runs. Not their numbers."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ringkern import cli
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # bench/ is no part of the package
+
+from bench import cases, oracle, record, report, run, summary, transport  # noqa: E402
+from bench.measurement import Measurement, combine  # noqa: E402
+
+FACTS = {"run": "r1", "versions": {"ringkern": "0+g0", "torch": "0"}, "env": {}, "note": ""}
+FACTS["machine"] = {"cpu": "a CPU", "cores": 2, "congestion_control": "cubic"}
+EXCHANGE = cases.select(["exchange/tcp/w2/64MiB"])[0]
+
+
+def measured(ms, ok=True, **detail):
+    return Measurement([[1e-3 * ms]] * 3, ok=ok, details=[detail] * 3)
+
+
+def make_records(ms=20.0, peer_ms=50.0, **facts):
+    found = {"ringkern": measured(ms, wait_ms=1.0), "gloo": measured(peer_ms)}
+    return summary.make_records(EXCHANGE, found, FACTS | facts)
+
+
+def test_a_record_follows_from_what_was_measured():
+    one, peer = make_records()
+    assert record.check(one) == record.check(peer) == []
+    assert (one["peer"], one["ratio"], one["met"]) == ("gloo", 0.4, True)
+    assert (peer["peer"], peer["ratio"], peer["met"]) == (None, None, None)
+    assert one["time_us"]["p50"] == 20_000 and one["iters"] == 3
+    assert one["exposed_comm"] == 0.05
+    assert one["busbw_gb_s"] == pytest.approx((64 << 20) / 0.020 / 1e9, rel=1e-4)
+    assert make_records(ms=30.0)[0]["met"] is False
+
+
+def test_ranks_together_are_the_slowest_in_each_call():
+    fast = Measurement([[1.0, 4.0], [2.0, 2.0]], max_err=0.1, details=[{"a": 1}, {"a": 5}])
+    slow = Measurement([[3.0, 2.0], [1.0, 9.0]], ok=False, max_err=0.2, details=[{"a": 2}, {}])
+    both = combine([fast, slow])
+    assert both.times_s == [[3.0, 4.0], [2.0, 9.0]]
+    assert (both.ok, both.max_err, both.details) == (False, 0.2, [{"a": 2}, {"a": 5}])
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({"peer": None}, "ratio and peer"),
+        ({"iters": 3.0}, "iters: want int, got float"),
+        ({"op": None}, "op is null"),
+        ({"speed": 1}, "unknown speed"),
+        ({"max_err": float("nan")}, "max_err is nan"),
+        ({"met": False}, "met: want True"),
+        ({"v": 0}, "v: want 1"),
+        ({"note": "as in /home/someone/x"}, "note holds a path"),
+        ({"env": {"A": "/srv/secret/file"}}, "env holds a path"),
+        ({"time_us": {"p50": 1.0}}, "time_us: want min, p5"),
+        ({"time_us": dict.fromkeys(record.QUANTILES, 0.0)}, "above 0 that rise"),
+    ],
+)
+def test_faults_of_a_record_are_found(change, fault):
+    faults = record.check(make_records()[0] | change)
+    assert len(faults) == 1 and fault in faults[0]
+
+
+def test_a_missing_field_is_found_and_a_wrong_result_is_not_appended(tmp_path):
+    one, peer = make_records()
+    without = {key: value for key, value in one.items() if key != "host"}
+    assert record.check(without) == ["missing host"]
+    for bad in (without, one | {"ok": False}):
+        with pytest.raises(ValueError, match="exchange/tcp/w2/64MiB"):
+            record.append(tmp_path / "x.jsonl", [peer, bad])
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_a_wrong_element_and_a_call_that_did_nothing_are_seen():
+    small = dataclasses.replace(EXCHANGE, shape={"nbytes": 64}, calls=3, impls=())
+    state = transport.make_inputs(SimpleNamespace(rank=0, world_size=3), small)
+
+    def receive():
+        for peer, rows in state.recv.items():
+            rows.copy_(state.want[peer])
+
+    receive()
+    assert transport.check(state, "ringkern") == {"ok": True, "max_err": 0.0}
+    assert not transport.check(state, "ringkern")["ok"], "nothing has come since"
+    receive()
+    state.recv[2][1, 5] += 7
+    assert transport.check(state, "ringkern") == {"ok": False, "max_err": 7.0}
+
+
+def test_one_percent_too_large_is_seen():
+    q, k, v = torch.randn(3, 64, 2, 32, generator=torch.Generator().manual_seed(0))
+    sample = oracle.Sample(q, k, v, torch.arange(0, 64, 7))
+    assert sample.compare(sample.want.float())["ok"]
+    assert not sample.compare(sample.want.float() * 1.01)["ok"]
+    assert not sample.compare(sample.want.float() / 0)["ok"]
+
+
+@pytest.fixture
+def readme(tmp_path):
+    record.append(tmp_path / "a-machine.jsonl", make_records())
+    path = tmp_path / "README.md"
+    path.write_text("# x\n\n<!-- bench:transport -->\n<!-- /bench:transport -->\n\nend\n")
+    return path
+
+
+def run_report(readme, *flags):
+    return report.main(["--readme", str(readme), "--results", str(readme.parent), *flags])
+
+
+def test_report_fills_the_readme_and_notices_a_changed_number(readme, capsys):
+    assert run_report(readme, "--check") == 1, "the table is not there yet"
+    assert run_report(readme) == 0
+    text = readme.read_text()
+    assert "| 64 MiB | 2 | 20.0 ms, 3.36 GB/s | 50.0 ms, 1.34 GB/s | 2.50 x gloo | 2.00 x |" in text
+    assert text.startswith("# x\n\n") and text.endswith("\n\nend\n")
+    assert "a-machine.jsonl" in text
+    assert run_report(readme, "--check") == 0
+    readme.write_text(text.replace("2.50 x", "2.60 x"))
+    capsys.readouterr()
+    assert run_report(readme, "--check") == 1
+    assert "2.60 x" in capsys.readouterr().err
+
+
+def test_report_takes_the_newest_run_and_all_of_it(readme):
+    later = [
+        one | {"time_utc": "2999-01-01T00:00:00+00:00"} for one in make_records(30.0, run="r2")
+    ]
+    record.append(readme.parent / "b.jsonl", later)
+    assert run_report(readme) == 0
+    assert "| 30.0 ms, 2.24 GB/s | 50.0 ms, 1.34 GB/s | 1.67 x gloo | 2.00 x, **missed** |" in (
+        readme.read_text()
+    )
+    record.append(readme.parent / "b.jsonl", [later[0] | {"run": "r3", "time_utc": "3999"}])
+    assert run_report(readme) == 1, "run r3 has no gloo: its ratio cannot be checked"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["none", "<!-- bench:speed -->\n<!-- /bench:speed -->", "<!-- bench:transport -->\n",
+     "<!-- bench:planning -->\n<!-- /bench:planning -->\n"],
+)  # fmt: skip
+def test_report_refuses_markers_that_it_cannot_fill(readme, text):
+    readme.write_text(text)
+    assert run_report(readme) == run_report(readme, "--check") == 1
+    assert readme.read_text() == text
+
+
+def test_a_wrong_result_is_told_and_not_recorded(tmp_path, capsys):
+    out = tmp_path / "x.jsonl"
+    args = run.make_parser().parse_args(["--out", str(out)])
+    one = run.Run(args)
+    one.facts["machine"] = FACTS["machine"]
+    found = {"ringkern": measured(1.0), "gloo": measured(1.0, ok=False)}
+    one._finish(EXCHANGE, found)
+    assert one.failed == 1 and not out.exists()
+    assert "FAILED exchange/tcp/w2/64MiB" in capsys.readouterr().err
+
+
+def test_every_case_runs():
+    """Through the command, in tiny sizes; a record of each is well formed, and none is kept."""
+    before = sorted((ROOT / "bench/results").glob("*"))
+    code = "import sys; from ringkern.cli import main; sys.exit(main(['bench','--quick','--json']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted((ROOT / "bench/results").glob("*")) == before
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [fault for one in records for fault in record.check(one)] == []
+    assert all(one["ok"] for one in records)
+    want = sorted((case.id, impl) for case in cases.CASES for impl in case.impls)
+    assert sorted((one["case"], one["impl"]) for one in records) == want
+    assert len(set(want)) == len(want), "two cases have one id"
+
+
+def test_the_command_lists_chooses_and_refuses(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["bench", "--list", "plan/*"]) == 0
+    assert capsys.readouterr().out.splitlines() == [c.id for c in cases.select(["plan/*"])]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "no/such/case"])
+    assert stop.value.code == 2
+    assert "CASE: want an id or a glob that --list shows, got 'no/such/case'" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "--list"]) == 1
+    assert "need a checkout of ringkern" in capsys.readouterr().err
