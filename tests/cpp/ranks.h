@@ -162,6 +162,7 @@ inline Socket connect_to(const std::string& address) {
   pollfd entry{socket.fd(), POLLOUT, 0};
   REQUIRE(::poll(&entry, 1, 10000) == 1);
   REQUIRE(socket.take_error() == 0);
+  socket.tune(std::chrono::seconds(10));  // or Nagle's algorithm holds small writes back
   return socket;
 }
 

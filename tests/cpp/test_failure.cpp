@@ -2,8 +2,6 @@
 
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -98,7 +96,7 @@ TEST_CASE("a rank that never posts is blamed by all, itself too") {
   Ports ports(5);
   const auto start = Clock::now();
   in_parallel(5, [&](int rank) {
-    const auto ring = ports.join(rank, test_options(1, false, 2000));
+    const auto ring = ports.join(rank, test_options(1, false, 3000));
     Failure failure;
     if (rank == 2) {
       // It is alive: its loop answers, whatever its caller does.
@@ -112,7 +110,7 @@ TEST_CASE("a rank that never posts is blamed by all, itself too") {
     CHECK(failure.kind == Kind::kTimeout);
     CHECK(contains(failure.text, "Rank 2 is alive but has not posted its side"));
   });
-  CHECK(Clock::now() - start < std::chrono::milliseconds(4000));
+  CHECK(Clock::now() - start < std::chrono::seconds(6));
 }
 
 TEST_CASE("a rank that answers nothing is blamed by all within the timeout") {
@@ -135,7 +133,7 @@ TEST_CASE("a rank that answers nothing is blamed by all within the timeout") {
     CHECK(contains(failure.text, "Rank 4 does not answer"));
   });
   puppet.get();
-  CHECK(longest_ms < 2000 + 500);
+  CHECK(longest_ms < 2000 + 1000);  // the second is for a loaded machine
 }
 
 TEST_CASE("ranks that wait for each other are told so when the time is over") {
@@ -194,6 +192,30 @@ TEST_CASE("a rank that vanishes is named, before, during and after an exchange")
   }
 }
 
+TEST_CASE("what a rank wrote before it vanished still arrives") {
+  for (int i = 0; i < 10; ++i) {
+    Ports ports(2);
+    std::optional<Puppet> peer;
+    auto puppet =
+        std::async(std::launch::async, [&] { peer.emplace(ports.addresses[0], 1, 0, 2); });
+    const auto ring = ports.join(0, test_options());
+    puppet.get();
+    // Several pieces, so that the control socket's end is seen between them.
+    Buffer in(4 * kPieceBytes);
+    const Ticket ticket = ring->exchange({}, {{1, in.data(), in.size()}}, 0);
+    for (std::size_t offset = 0; offset < in.size(); offset += kPieceBytes) {
+      Header header = peer->data(0, kPieceBytes);
+      header.offset = offset;
+      header.total = in.size();
+      if (offset + kPieceBytes == in.size()) peer->socket(0).close();
+      peer->send(header, Buffer(kPieceBytes, 7));
+    }
+    peer->vanish();
+    ring->wait(ticket, 0);
+    CHECK(in == Buffer(in.size(), 7));
+  }
+}
+
 TEST_CASE("a data socket that breaks alone is blamed after a short grace") {
   Ports ports(2);
   std::optional<Puppet> peer;
@@ -230,7 +252,7 @@ TEST_CASE("an abort that comes with a broken data socket explains it") {
 }
 
 TEST_CASE("after a failure the buffers belong to the caller again") {
-  for (int i = 0; i < 20; ++i) {
+  for (int i = 0; i < 5; ++i) {
     Ports ports(2);
     std::optional<Puppet> peer;
     auto puppet =
@@ -240,10 +262,20 @@ TEST_CASE("after a failure the buffers belong to the caller again") {
     Buffer buffer(1000, 1);
     const Ticket ticket = ring->exchange({}, {{1, buffer.data(), buffer.size()}}, 0);
     peer->send(peer->data(0, 1000), Buffer(500, 2));
+    // Two answers: by the second the loop has been at the data too, and is in the payload.
+    for (int i = 0; i < 2; ++i) {
+      peer->send(peer->header(Type::kPing));
+      auto header = peer->read(0);
+      while (header && header->type != Type::kPong) header = peer->read(0);
+      REQUIRE(header);
+    }
     ring->abort("enough");
     CHECK_THROWS_AS(ring->wait(ticket, 0), TransportError);
     buffer.assign(1000, 3);
     write_all(peer->socket(1), Buffer(500, 4).data(), 500);
+    // Nothing can be waited for: what must not happen gets 20 ms in which to happen.
+    const auto end = Clock::now() + std::chrono::milliseconds(20);
+    while (Clock::now() < end && buffer[500] == 3) std::this_thread::yield();
     ring->close();  // and with it the loop
     REQUIRE(buffer == Buffer(1000, 3));
   }
@@ -290,91 +322,24 @@ TEST_CASE("a rank that leaves at once after its last exchange does not disturb t
 
 TEST_CASE("close ends a wait on another thread, and may be called again") {
   Ports ports(2);
-  in_parallel(2, [&](int rank) {
-    const auto ring = ports.join(rank, test_options());
-    int word = 0;
-    const Ticket ticket = ring->exchange({}, {{1 - rank, &word, 4}}, 0);
-    std::thread waiter([&] {
-      const Failure failure = failure_of([&] { ring->wait(ticket, 0); });
-      CHECK(contains(failure.text, "closed"));
-    });
-    if (rank == 0) {
-      in_parallel(3, [&](int) { ring->close(); });
-    }
-    waiter.join();
+  std::unique_ptr<Transport> rings[2];
+  Ticket tickets[2];
+  int words[2];
+  in_parallel(2, [&](int rank) { rings[rank] = ports.join(rank, test_options()); });
+  for (const int rank : {0, 1}) {
+    tickets[rank] = rings[rank]->exchange({}, {{1 - rank, &words[rank], 4}}, 0);
+  }
+  // Ranks 0 and 1 wait; three more threads close rank 0, all at once.
+  in_parallel(5, [&](int i) {
+    if (i > 1) return rings[0]->close();
+    const Failure failure = failure_of([&] { rings[i]->wait(tickets[i], 0); });
+    CHECK(contains(failure.text, "closed"));
+    CHECK(failure.origin == 0);
+  });
+  for (const auto& ring : rings) {
     ring->close();
     ring->close();
     CHECK_THROWS_AS(ring->exchange({}, {}, 0), TransportError);
     ring->stats();
-  });
-}
-
-TEST_CASE("an address that nobody listens on") {
-  Ports ports(2);
-  ports.listeners[0].close();
-  const auto start = Clock::now();
-  const Failure failure = failure_of([&] { ports.join(1, test_options(1, false, 500)); });
-  CHECK(failure.kind == Kind::kTimeout);
-  CHECK(failure.origin == 0);
-  CHECK(contains(failure.text, "connecting with rank 0 (" + ports.addresses[0] + ")"));
-  CHECK(contains(failure.text, "Connection refused"));
-  CHECK(Clock::now() - start < std::chrono::seconds(2));
-}
-
-TEST_CASE("a neighbour that never comes") {
-  Ports ports(2);
-  const Failure failure = failure_of([&] { ports.join(0, test_options(1, false, 500)); });
-  CHECK(failure.kind == Kind::kTimeout);
-  CHECK(failure.origin == 1);
-  CHECK(contains(failure.text, "it has not connected"));
-}
-
-TEST_CASE("a listener that comes late is found") {
-  Ports ports(2);
-  // The address is known before somebody listens on it: what was there refuses, and comes back.
-  const std::string address = ports.addresses[0];
-  std::promise<void> dialling;
-  auto is_dialling = dialling.get_future();
-  in_parallel(2, [&](int rank) {
-    TcpOptions options = test_options();
-    bool told = false;
-    options.on_idle = [&] {
-      if (rank == 1 && !std::exchange(told, true)) dialling.set_value();
-    };
-    if (rank == 0) is_dialling.wait();
-    const auto ring = ports.join(rank, options);
-  });
-}
-
-TEST_CASE("waiting for neighbours can be interrupted") {
-  Ports ports(2);
-  TcpOptions options = test_options();
-  options.on_idle = [] { throw std::runtime_error("interrupted"); };
-  CHECK_THROWS_WITH(ports.join(0, options), "interrupted");
-}
-
-TEST_CASE("a forked child may not use the ring, nor harm it") {
-  run_ranks(1, test_options(), [](int, Transport&) {});
-  Ports ports(2);
-  std::unique_ptr<Transport> rings[2];
-  in_parallel(2, [&](int rank) { rings[rank] = ports.join(rank, test_options()); });
-  const pid_t child = ::fork();
-  if (child == 0) {
-    bool refused = false;
-    try {
-      rings[0]->exchange({}, {}, 0);
-    } catch (const TransportError&) {
-      refused = true;
-    }
-    rings[0].reset();
-    ::_exit(refused ? 0 : 1);
   }
-  int status = 0;
-  REQUIRE(::waitpid(child, &status, 0) == child);
-  CHECK(status == 0);
-  in_parallel(2, [&](int rank) {
-    int out = rank, in = -1;
-    rings[rank]->wait(rings[rank]->exchange({{1 - rank, &out, 4}}, {{1 - rank, &in, 4}}, 0), 0);
-    CHECK(in == 1 - rank);
-  });
 }
