@@ -30,12 +30,12 @@ endif
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp tests/cpp/*
+	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp tests/cpp/*.h tests/cpp/*.cpp
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp tests/cpp/*
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp tests/cpp/*.h tests/cpp/*.cpp
 
 # The C++ tests under AddressSanitizer + UndefinedBehaviorSanitizer, then under ThreadSanitizer.
 sanitize: build/address/.built build/thread/.built

@@ -16,6 +16,9 @@ constexpr std::chrono::milliseconds kHandshakeTimeout{5000};
 // in microseconds. Large messages are left to the loop, which copies while the caller computes.
 constexpr std::size_t kCallerBytes = std::size_t{64} << 10;
 
+// How long a waiting caller helps before it looks up.
+constexpr std::chrono::milliseconds kSlice{1000};
+
 // How long close() waits for its goodbyes to leave, when the sockets are full.
 constexpr std::chrono::milliseconds kGoodbye{1000};
 
@@ -113,6 +116,19 @@ Ticket Core::post(const std::vector<Send>& sends, const std::vector<Recv>& recvs
   return ticket;
 }
 
+bool Core::poll(Ticket ticket, std::chrono::milliseconds slice) {
+  const auto done = [&] { return ledger_.is_over(ticket); };
+  // A caller that has nothing else to do moves the bytes itself.
+  if (!done() && !loop_.help(done, slice)) return ledger_.poll(ticket, slice);
+  return done();
+}
+
+Times Core::wait(Ticket ticket) {
+  while (!poll(ticket, kSlice)) {
+  }
+  return ledger_.wait(ticket);
+}
+
 // ---- failing
 
 void Core::fail(const std::exception& error) noexcept {
@@ -131,6 +147,7 @@ void Core::fail(Kind kind, int origin, const std::string& reason, int told_by) n
                            : origin != rank_ ? concat(" (seen by rank ", rank_, ")")
                                              : "";
     ledger_.fail({kind, origin, concat("rank ", origin, " failed", by, ": ", reason)});
+    loop_.nudge();
     Header header;
     header.type = Type::kAbort;
     header.seq = static_cast<std::uint64_t>(origin);
@@ -178,6 +195,7 @@ void Core::say_goodbye() {
       if (link) link->stop();
     }
     ledger_.fail({Kind::kTransport, rank_, concat(ring_.me(), " has closed this ring")});
+    loop_.nudge();
   }
   const auto flushed = [&] {
     return std::all_of(links_.begin(), links_.end(),

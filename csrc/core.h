@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -30,7 +31,9 @@ class Core {
   Ticket connect();
   // The entries have been checked.
   Ticket exchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs);
-  Ledger& ledger() { return ledger_; }
+  // Transport::poll() and Transport::wait().
+  bool poll(Ticket ticket, std::chrono::milliseconds slice);
+  Times wait(Ticket ticket);
   void abort(const std::string& reason);
   void close();
   Stats stats();

@@ -63,6 +63,11 @@ std::optional<Ledger::Entry> Ledger::oldest() const {
 
 bool Ledger::over(Ticket ticket) const { return open_.count(ticket) == 0; }
 
+bool Ledger::is_over(Ticket ticket) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return over(ticket);
+}
+
 bool Ledger::poll(Ticket ticket, std::chrono::milliseconds slice) const {
   std::unique_lock<std::mutex> lock(mutex_);
   return changed_.wait_for(lock, slice, [&] { return over(ticket); });

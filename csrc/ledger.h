@@ -36,6 +36,8 @@ class Ledger {
   // The exchange that has been open for longest.
   std::optional<Entry> oldest() const;
 
+  // Whether wait() would return, or throw, at once.
+  bool is_over(Ticket ticket) const;
   // Transport::poll() and Transport::wait().
   bool poll(Ticket ticket, std::chrono::milliseconds slice) const;
   Times wait(Ticket ticket);

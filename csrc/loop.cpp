@@ -14,31 +14,51 @@
 namespace ringkern {
 namespace {
 
-constexpr std::uint64_t kWakeToken = 0;
+// Tokens of what is no Watch; those count from 1.
+constexpr std::uint64_t kSignalToken = 0;
+constexpr std::uint64_t kSetToken = ~std::uint64_t{0};
 
-}  // namespace
-
-Loop::Loop(FairMutex& mutex, std::function<void(const std::exception&)> on_error)
-    : mutex_(mutex), on_error_(std::move(on_error)) {
-  epoll_fd_ = ::epoll_create1(EPOLL_CLOEXEC);
-  wake_fd_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+void control(int epoll, int action, int fd, std::uint32_t events, std::uint64_t token) {
   epoll_event event{};
-  event.events = EPOLLIN;
-  event.data.u64 = kWakeToken;
-  if (epoll_fd_ < 0 || wake_fd_ < 0 ||
-      ::epoll_ctl(epoll_fd_, EPOLL_CTL_ADD, wake_fd_, &event) != 0) {
-    const std::string words = system_words(errno);
-    if (epoll_fd_ >= 0) ::close(epoll_fd_);
-    if (wake_fd_ >= 0) ::close(wake_fd_);
-    throw UnsupportedError(concat("making the poll loop: ", words, "."));
+  event.events = events;
+  event.data.u64 = token;
+  if (::epoll_ctl(epoll, action, fd, &event) != 0 && action != EPOLL_CTL_DEL) {
+    throw UnsupportedError(concat("watching a descriptor: ", system_words(errno), "."));
   }
 }
 
-Loop::~Loop() {
-  stop();
-  ::close(wake_fd_);
-  ::close(epoll_fd_);
+void signal(int event_fd) {
+  const std::uint64_t one = 1;
+  // A full counter is as good a signal as any, so the result does not matter.
+  [[maybe_unused]] const ssize_t n = ::write(event_fd, &one, sizeof(one));
 }
+
+void take_signal(int event_fd) {
+  std::uint64_t count;
+  [[maybe_unused]] const ssize_t n = ::read(event_fd, &count, sizeof(count));
+}
+
+}  // namespace
+
+Descriptor::Descriptor(int fd, const char* what) : fd_(fd) {
+  if (fd < 0) throw UnsupportedError(concat("making ", what, ": ", system_words(errno), "."));
+}
+
+Descriptor::~Descriptor() { ::close(fd_); }
+
+Loop::Loop(FairMutex& mutex, std::function<void(const std::exception&)> on_error)
+    : mutex_(mutex),
+      on_error_(std::move(on_error)),
+      epoll_(::epoll_create1(EPOLL_CLOEXEC), "the loop's epoll"),
+      wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "the loop's eventfd"),
+      set_(::epoll_create1(EPOLL_CLOEXEC), "the set's epoll"),
+      nudge_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "the set's eventfd") {
+  control(epoll_, EPOLL_CTL_ADD, wake_, EPOLLIN, kSignalToken);
+  control(set_, EPOLL_CTL_ADD, nudge_, EPOLLIN, kSignalToken);
+  control(epoll_, EPOLL_CTL_ADD, set_, EPOLLIN, kSetToken);
+}
+
+Loop::~Loop() { stop(); }
 
 void Loop::start() {
   // Signals are for the program's own threads: Python's Ctrl-C must interrupt them, not this one.
@@ -56,11 +76,9 @@ void Loop::stop() {
   if (thread_.joinable()) thread_.join();
 }
 
-void Loop::wake() {
-  const std::uint64_t one = 1;
-  // A full counter is as good a wake as any, so the result does not matter.
-  [[maybe_unused]] const ssize_t n = ::write(wake_fd_, &one, sizeof(one));
-}
+void Loop::wake() { signal(wake_); }
+
+void Loop::nudge() { signal(nudge_); }
 
 Loop::Timer Loop::at(Clock::time_point when, std::function<void()> action) {
   const Timer timer{when, ++last_id_};
@@ -78,23 +96,44 @@ int Loop::milliseconds_to_next_timer() {
 }
 
 void Loop::run() {
-  std::array<epoll_event, 64> events;
+  std::array<epoll_event, 2> events;
   while (!stopping_) {
-    const int timeout_ms = milliseconds_to_next_timer();
-    const int count = ::epoll_wait(epoll_fd_, events.data(), events.size(), timeout_ms);
-    for (int i = 0; i < count && !stopping_; ++i) {
-      dispatch(events[i].data.u64, events[i].events);
+    const int count =
+        ::epoll_wait(epoll_, events.data(), events.size(), milliseconds_to_next_timer());
+    for (int i = 0; i < count; ++i) {
+      if (events[i].data.u64 == kSignalToken) take_signal(wake_);
+      if (events[i].data.u64 == kSetToken) take_turn(0);
     }
     run_timers();
   }
 }
 
-void Loop::dispatch(std::uint64_t token, std::uint32_t events) {
-  if (token == kWakeToken) {
-    std::uint64_t count;
-    [[maybe_unused]] const ssize_t n = ::read(wake_fd_, &count, sizeof(count));
-    return;
+void Loop::take_turn(int timeout_ms) {
+  std::array<epoll_event, 64> events;
+  const int count = ::epoll_wait(set_, events.data(), events.size(), timeout_ms);
+  for (int i = 0; i < count && !stopping_; ++i) dispatch(events[i].data.u64, events[i].events);
+}
+
+bool Loop::help(const std::function<bool()>& done, std::chrono::milliseconds slice) {
+  if (helped_.exchange(true)) return false;
+  watch_set(false);
+  const auto end = Clock::now() + slice;
+  while (!done() && !stopping_) {
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(end - Clock::now());
+    if (left.count() <= 0) break;
+    take_turn(static_cast<int>(left.count()));
   }
+  watch_set(true);
+  helped_ = false;
+  return true;
+}
+
+void Loop::watch_set(bool on) {
+  control(epoll_, EPOLL_CTL_MOD, set_, on ? std::uint32_t{EPOLLIN} : 0, kSetToken);
+}
+
+void Loop::dispatch(std::uint64_t token, std::uint32_t events) {
+  if (token == kSignalToken) return take_signal(nudge_);
   const std::lock_guard<FairMutex> lock(mutex_);
   // An earlier event of the same batch may have removed this one's handler.
   const auto found = handlers_.find(token);
@@ -134,13 +173,8 @@ Watch::~Watch() {
 
 void Watch::set(std::uint32_t events) {
   if (events == events_) return;
-  epoll_event event{};
-  event.events = events;
-  event.data.u64 = token_;
   const int action = events_ == 0 ? EPOLL_CTL_ADD : events == 0 ? EPOLL_CTL_DEL : EPOLL_CTL_MOD;
-  if (::epoll_ctl(loop_.epoll_fd_, action, fd_, &event) != 0 && events != 0) {
-    throw UnsupportedError(concat("watching a socket: ", system_words(errno), "."));
-  }
+  control(loop_.set_, action, fd_, events, token_);
   events_ = events;
 }
 

@@ -35,6 +35,19 @@ class FairMutex {
   std::mutex next_, mutex_;
 };
 
+// A descriptor that is closed when it goes. Negative: a system call failed, which throws.
+class Descriptor {
+ public:
+  Descriptor(int fd, const char* what);
+  ~Descriptor();
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  operator int() const { return fd_; }
+
+ private:
+  const int fd_;
+};
+
 // What a descriptor's readiness is reported to. May be destroyed in its own on_events().
 class Handler {
  public:
@@ -42,9 +55,13 @@ class Handler {
   virtual void on_events(std::uint32_t events) = 0;
 };
 
-// Handlers and timers run on the loop's thread with `mutex` held; it is released between any two of
-// them. Every other function, except wake() and stop(), is called with the mutex held, on any
-// thread. An exception that escapes a handler goes to `on_error`, also under the mutex.
+// Handlers and timers run with `mutex` held, released between any two of them: timers on the loop's
+// thread, handlers there or on a thread that helps. Every other function, except help(), nudge()
+// and stop(), is called with the mutex held, on any thread. An exception that escapes a handler
+// goes to `on_error`, also under the mutex.
+//
+// Descriptors are in a set of their own, which the thread's epoll watches as one descriptor. To
+// help is to unwatch that set, which does not disturb the thread's sleep, and to wait on it.
 class Loop {
  public:
   using Timer = std::pair<Clock::time_point, std::uint64_t>;
@@ -56,6 +73,13 @@ class Loop {
   // Ends the thread. It does not block for long: no call that the loop makes waits for a peer.
   void stop();
 
+  // Runs handlers on the calling thread until `done`, for at most `slice`: a caller that would only
+  // wait for the loop saves the switch between threads. Returns false at once, having done
+  // nothing, where another thread helps already.
+  bool help(const std::function<bool()>& done, std::chrono::milliseconds slice);
+  // Makes help() ask `done` again.
+  void nudge();
+
   Timer at(Clock::time_point when, std::function<void()> action);
   void cancel(Timer timer) { timers_.erase(timer); }
 
@@ -63,7 +87,9 @@ class Loop {
   friend class Watch;
 
   void run();
+  void take_turn(int timeout_ms);
   void dispatch(std::uint64_t token, std::uint32_t events);
+  void watch_set(bool on);
   void run_timers();
   int milliseconds_to_next_timer();
   void wake();
@@ -71,9 +97,12 @@ class Loop {
 
   FairMutex& mutex_;
   const std::function<void(const std::exception&)> on_error_;
-  int epoll_fd_ = -1;
-  int wake_fd_ = -1;
+  const Descriptor epoll_;  // of the thread: wake_, and set_ while nobody helps
+  const Descriptor wake_;
+  const Descriptor set_;  // epoll of everything that has a Watch, and of nudge_
+  const Descriptor nudge_;
   std::atomic<bool> stopping_{false};
+  std::atomic<bool> helped_{false};
   std::thread thread_;
   std::map<Timer, std::function<void()>> timers_;
   std::unordered_map<std::uint64_t, Handler*> handlers_;

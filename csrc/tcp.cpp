@@ -29,10 +29,10 @@ class Tcp : public Transport {
 
   void connect(const std::function<void()>& on_idle) {
     const Ticket ticket = core_->connect();
-    while (!core_->ledger().poll(ticket, kIdle)) {
+    while (!core_->poll(ticket, kIdle)) {
       if (on_idle) on_idle();
     }
-    core_->ledger().wait(ticket);
+    core_->wait(ticket);
   }
 
   Ticket exchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs,
@@ -45,12 +45,12 @@ class Tcp : public Transport {
 
   bool poll(Ticket ticket, std::chrono::milliseconds slice) override {
     check_process();
-    return core_->ledger().poll(ticket, slice);
+    return core_->poll(ticket, slice);
   }
 
   Times wait(Ticket ticket, Stream) override {
     check_process();
-    return core_->ledger().wait(ticket);
+    return core_->wait(ticket);
   }
 
   void abort(const std::string& reason) override {

@@ -141,9 +141,8 @@ TEST_CASE("ranks that wait for each other are told so when the time is over") {
   in_parallel(2, [&](int rank) {
     const auto ring = ports.join(rank, test_options(1, false, 1000));
     int word = 0;
-    const Failure failure = failure_of([&] {
-      ring->wait(ring->exchange({}, {{1 - rank, &word, 4}}, 0), 0);
-    });
+    const Failure failure =
+        failure_of([&] { ring->wait(ring->exchange({}, {{1 - rank, &word, 4}}, 0), 0); });
     CHECK(failure.kind == Kind::kTimeout);
     CHECK(contains(failure.text, "is alive and waits too"));
     CHECK(contains(failure.text, "receiving message 0 from rank "));
@@ -297,9 +296,8 @@ TEST_CASE("goodbye: what was written still arrives, what was not fails") {
     ring->wait(ring->exchange({}, {{1, buffer.data(), 1000}}, 0), 0);
     CHECK(buffer == Buffer(1000, 1));
     has_left.wait();
-    const Failure failure = failure_of([&] {
-      ring->wait(ring->exchange({}, {{1, buffer.data(), 1000}}, 0), 0);
-    });
+    const Failure failure =
+        failure_of([&] { ring->wait(ring->exchange({}, {{1, buffer.data(), 1000}}, 0), 0); });
     CHECK(failure.origin == 1);
     CHECK(failure.kind == Kind::kTransport);
     CHECK(contains(failure.text, "closed its ring"));

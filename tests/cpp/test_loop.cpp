@@ -3,10 +3,12 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <functional>
 #include <future>
 #include <memory>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "loop.h"
@@ -157,4 +159,73 @@ TEST_CASE_FIXTURE(Fixture, "a busy holder lets a waiting thread in") {
   holder.join();
   loop.stop();
   loop.stop();
+}
+
+TEST_CASE_FIXTURE(Fixture, "a thread that helps runs the handlers itself, and alone") {
+  Wire wire;
+  std::thread::id ran_on;
+  bool second_helped = true;
+  Call call([&] {
+    char byte;
+    REQUIRE(wire.a.receive(&byte, 1) == 1);
+    ran_on = std::this_thread::get_id();
+    second_helped = loop.help([] { return false; }, milliseconds(0));
+  });
+  std::unique_ptr<Watch> watch;
+  loop.start();
+  locked([&] {
+    watch = std::make_unique<Watch>(loop, wire.a.fd(), &call);
+    watch->set(EPOLLIN);
+  });
+  std::promise<bool> helping;
+  std::thread sender([&] {
+    get(helping);
+    REQUIRE(wire.b.send("x", 1) == 1);
+  });
+  bool first = true;
+  const auto arrived = [&] {
+    if (first) helping.set_value(true);
+    first = false;
+    return ran_on != std::thread::id();
+  };
+  CHECK(loop.help(arrived, milliseconds(10000)));
+  sender.join();
+  CHECK(ran_on == std::this_thread::get_id());
+  CHECK_FALSE(second_helped);
+
+  // Nobody helps any more: the loop's own thread sees the next byte.
+  std::promise<std::thread::id> later;
+  locked([&] {
+    watch.reset();
+    call = Call([&] {
+      watch->set(0);
+      later.set_value(std::this_thread::get_id());
+    });
+    watch = std::make_unique<Watch>(loop, wire.a.fd(), &call);
+    watch->set(EPOLLIN);
+  });
+  REQUIRE(wire.b.send("y", 1) == 1);
+  CHECK(get(later) != std::this_thread::get_id());
+  locked([&] { watch.reset(); });
+}
+
+TEST_CASE_FIXTURE(Fixture, "a nudge makes a thread that helps look up") {
+  std::atomic<bool> done{false};
+  std::promise<bool> asked;
+  std::thread other([&] {
+    get(asked);
+    done = true;
+    loop.nudge();
+  });
+  bool first = true;
+  const auto started = Clock::now();
+  loop.help(
+      [&] {
+        if (first) asked.set_value(true);
+        first = false;
+        return done.load();
+      },
+      milliseconds(20000));
+  CHECK(Clock::now() - started < milliseconds(10000));
+  other.join();
 }

@@ -209,7 +209,7 @@ TEST_CASE("a peer that dials before this rank has begun to connect") {
   peer.send(peer.header(Type::kPing));
   REQUIRE(peer.read(0));  // so the link is up
   const Ticket ticket = core.connect();
-  CHECK(core.ledger().poll(ticket, std::chrono::milliseconds(0)));
+  CHECK(core.poll(ticket, std::chrono::milliseconds(0)));
 }
 
 TEST_CASE("arguments of make_tcp") {
