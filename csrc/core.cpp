@@ -19,6 +19,10 @@ constexpr std::size_t kCallerBytes = std::size_t{64} << 10;
 // How long a waiting caller helps before it looks up.
 constexpr std::chrono::milliseconds kSlice{1000};
 
+// How long it looks without sleeping, where every rank of this host has a core: about as long as
+// waking up takes. With fewer cores than ranks it would keep others from sending.
+constexpr std::chrono::microseconds kSpin{20};
+
 // How long close() waits for its goodbyes to leave, when the sockets are full.
 constexpr std::chrono::milliseconds kGoodbye{1000};
 
@@ -62,10 +66,18 @@ Core::Core(Listener listener, int rank, std::vector<Address> addresses, const Te
         link(place.src).admit(place.lane, std::move(socket));
       });
   deadlines_ = std::make_unique<Deadlines>(ring_, links_, *acceptor_);
+  if (ranks_here() <= std::thread::hardware_concurrency()) loop_.set_spin(kSpin);
   loop_.start();
 }
 
 Core::~Core() { close(); }
+
+std::size_t Core::ranks_here() const {
+  const Address& mine = ring_.addresses[static_cast<std::size_t>(rank_)];
+  return static_cast<std::size_t>(
+      std::count_if(ring_.addresses.begin(), ring_.addresses.end(),
+                    [&](const Address& other) { return mine.same_host(other); }));
+}
 
 Ticket Core::connect() {
   const std::lock_guard<FairMutex> lock(mutex_);

@@ -44,6 +44,7 @@ class Core {
   void fail(const std::exception& error) noexcept;
   void fail(Kind kind, int origin, const std::string& reason, int told_by) noexcept;
   void say_goodbye();
+  std::size_t ranks_here() const;  // that share this host
 
   const int rank_;
   FairMutex mutex_;

@@ -108,20 +108,24 @@ void Loop::run() {
   }
 }
 
-void Loop::take_turn(int timeout_ms) {
+int Loop::take_turn(int timeout_ms) {
   std::array<epoll_event, 64> events;
   const int count = ::epoll_wait(set_, events.data(), events.size(), timeout_ms);
   for (int i = 0; i < count && !stopping_; ++i) dispatch(events[i].data.u64, events[i].events);
+  return count;
 }
 
 bool Loop::help(const std::function<bool()>& done, std::chrono::milliseconds slice) {
   if (helped_.exchange(true)) return false;
   watch_set(false);
   const auto end = Clock::now() + slice;
+  auto sleep_at = Clock::now() + spin_;
   while (!done() && !stopping_) {
-    const auto left = std::chrono::ceil<std::chrono::milliseconds>(end - Clock::now());
+    const auto now = Clock::now();
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(end - now);
     if (left.count() <= 0) break;
-    take_turn(static_cast<int>(left.count()));
+    const bool spins = now < sleep_at;
+    if (take_turn(spins ? 0 : static_cast<int>(left.count())) > 0) sleep_at = Clock::now() + spin_;
   }
   watch_set(true);
   helped_ = false;

@@ -77,6 +77,9 @@ class Loop {
   // wait for the loop saves the switch between threads. Returns false at once, having done
   // nothing, where another thread helps already.
   bool help(const std::function<bool()>& done, std::chrono::milliseconds slice);
+  // For how long help() asks again and again before it sleeps: what waking up takes, where there is
+  // a core to spare for it. Set before start().
+  void set_spin(std::chrono::microseconds spin) { spin_ = spin; }
   // Makes help() ask `done` again.
   void nudge();
 
@@ -87,7 +90,7 @@ class Loop {
   friend class Watch;
 
   void run();
-  void take_turn(int timeout_ms);
+  int take_turn(int timeout_ms);  // returns how many events there were
   void dispatch(std::uint64_t token, std::uint32_t events);
   void watch_set(bool on);
   void run_timers();
@@ -103,6 +106,7 @@ class Loop {
   const Descriptor nudge_;
   std::atomic<bool> stopping_{false};
   std::atomic<bool> helped_{false};
+  std::chrono::microseconds spin_{0};
   std::thread thread_;
   std::map<Timer, std::function<void()>> timers_;
   std::unordered_map<std::uint64_t, Handler*> handlers_;
