@@ -38,9 +38,14 @@ format: $(VENV)/dev
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp tests/cpp/*.h tests/cpp/*.cpp
 
 # The C++ tests under AddressSanitizer + UndefinedBehaviorSanitizer, then under ThreadSanitizer.
+ifdef DOCTEST
 sanitize: build/address/.built build/thread/.built
 	$(BIN)/ctest --test-dir build/address --output-on-failure
 	$(BIN)/ctest --test-dir build/thread --output-on-failure
+else
+sanitize:
+	@echo 'SKIPPED: C++ tests under sanitizers: doctest is not installed; apt-get install doctest-dev'
+endif
 
 bench: $(VENV)/demo
 	$(BIN)/python -m bench.run $(CASE)

@@ -9,8 +9,7 @@ import sys
 from types import SimpleNamespace
 
 from ringkern.placement import Placement
-from ringkern.schedule import make_schedule
-from ringkern.tiles import pairs
+from ringkern.schedule import make_schedule, pairs
 
 from bench import machine, operation, rss
 from bench.measurement import Measurement
@@ -33,7 +32,7 @@ def check(state, impl: str) -> dict:
     error = 0
     for rank, steps in zip(state.ranks, state.schedules, strict=True):
         want = int((state.plan.positions(rank) + 1).sum())
-        error = max(error, abs(want - sum(pairs(step.spans) for step in steps)))
+        error = max(error, abs(want - sum(pairs(step) for step in steps)))
     error += abs(state.plan.total - sum(state.lengths.values()))
     return {"ok": error == 0 and "torch" not in sys.modules, "max_err": float(error)}
 

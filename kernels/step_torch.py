@@ -24,31 +24,38 @@ def step(q, k, v, out, lse, spans, *, softmax_scale, softcap=0.0):
         k, v: [batch, seqlen_k, nheads_k, headdim] and [..., headdim_v].
         out: [batch, seqlen_q, nheads, headdim_v] float32, normalised; 0 where nothing was seen.
         lse: [batch, nheads, seqlen_q] float32, natural log; -inf where nothing was seen.
-        spans: rows (q0, q1, k0, k1, lo, hi) as in types.Span.
+        spans: rows (q0, q1, k0, k1, lo, hi, q_stride, k_stride) as in types.Span.
     """
-    fused = q.shape[-1] == v.shape[-1] and softcap == 0.0
-    pieces = _fused_pieces if fused else _plain_pieces
-    for q0, q1, k0, k1, lo, hi in spans:
-        for piece in pieces(q1 - q0, k1 - k0, lo, hi):
-            i0, i1, j0, j1, kind = piece
-            rows, keys = slice(q0 + i0, q0 + i1), slice(k0 + j0, k0 + j1)
-            q_block, k_block, v_block = (
-                x.float().transpose(1, 2) for x in (q[:, rows], k[:, keys], v[:, keys])
-            )
-            if kind == PLAIN:
-                shift = i0 - j0  # the band, counted from the block's own corner
-                part = _plain(
-                    q_block, k_block, v_block, lo + shift, hi + shift, softmax_scale, softcap
-                )
-            else:
-                part = _fused(q_block, k_block, v_block, kind == TRIANGLE, softmax_scale)
-            merge_(out[:, rows], lse[:, :, rows], *part)
+    # The fused op masks before it scales, so a scale of zero or less undoes its mask.
+    fused = q.shape[-1] == v.shape[-1] and softcap == 0.0 and softmax_scale > 0
+    for q0, q1, k0, k1, lo, hi, *strides in spans:
+        pieces = _fused_pieces if fused and strides == [1, 1] else _plain_pieces
+        for piece in pieces(q1 - q0, k1 - k0, lo, hi, *strides):
+            part, rows = None, slice(q0 + piece[0], q0 + piece[1])
+            if piece[4] != PLAIN:
+                part = _fused(*_blocks(q, k, v, q0, k0, piece), piece[4] == TRIANGLE, softmax_scale)
+            if part is not None:
+                merge_(out[:, rows], lse[:, :, rows], *part)
+                continue
+            for i0, i1, j0, j1, _ in _plain_blocks(*piece[:4], lo, hi, *strides):
+                rows = slice(q0 + i0, q0 + i1)
+                shift = i0 * strides[0] - j0 * strides[1]  # the band from the block's own corner
+                band = lo + shift, hi + shift, *strides
+                blocks = _blocks(q, k, v, q0, k0, (i0, i1, j0, j1))
+                part = _plain(*blocks, band, softmax_scale, softcap)
+                merge_(out[:, rows], lse[:, :, rows], *part)
+
+
+def _blocks(q, k, v, q0, k0, piece):
+    """Return the piece's q, k and v as [batch, heads, rows, headdim] float32."""
+    rows, keys = slice(q0 + piece[0], q0 + piece[1]), slice(k0 + piece[2], k0 + piece[3])
+    return (x.float().transpose(1, 2) for x in (q[:, rows], k[:, keys], v[:, keys]))
 
 
 FULL, TRIANGLE, PLAIN = range(3)
 
 
-def _fused_pieces(q_length, k_length, lo, hi):
+def _fused_pieces(q_length, k_length, lo, hi, *_):
     """Yield (i0, i1, j0, j1, kind) that together cover the band lo <= j - i <= hi exactly once.
 
     Per block of rows: keys that all rows see are FULL; from the first row's last key on, the rest
@@ -64,42 +71,45 @@ def _fused_pieces(q_length, k_length, lo, hi):
         common = max(0, i1 - 1 + lo)  # from here on no row is cut on the left
         corner = i0 + hi if i0 + hi < k_length - 1 else k_length  # to here every row sees all
         if common > corner:
-            yield from _plain_blocks(i0, i1, first, last, lo, hi)
+            yield i0, i1, first, last, PLAIN
             continue
         if first < common:
-            yield from _plain_blocks(i0, i1, first, common, lo, hi)
+            yield i0, i1, first, common, PLAIN
         for j0 in range(common, corner, BLOCK_K):
             yield i0, i1, j0, min(j0 + BLOCK_K, corner), FULL
         if corner < last:
             yield i0, i1, corner, last, TRIANGLE
 
 
-def _plain_pieces(q_length, k_length, lo, hi):
-    yield from _plain_blocks(0, q_length, 0, k_length, lo, hi)
+def _plain_pieces(q_length, k_length, *_):
+    yield 0, q_length, 0, k_length, PLAIN
 
 
-def _plain_blocks(i0, i1, j0, j1, lo, hi):
-    """Yield PLAIN pieces of the rectangle that the band lo <= j - i <= hi touches."""
+def _plain_blocks(i0, i1, j0, j1, lo, hi, q_stride=1, k_stride=1):
+    """Yield PLAIN pieces of the rectangle, those that the band touches."""
     for a in range(i0, i1, PLAIN_Q):
         b = min(a + PLAIN_Q, i1)
-        for c in range(max(j0, a + lo), min(j1, b + hi), PLAIN_K):
-            yield a, b, c, min(c + PLAIN_K, j1, b + hi), PLAIN
+        first = -(-(lo + a * q_stride) // k_stride)  # the first and last keys that any row sees
+        last = (hi + (b - 1) * q_stride) // k_stride
+        for c in range(max(j0, first), min(j1, last + 1), PLAIN_K):
+            yield a, b, c, min(c + PLAIN_K, j1, last + 1), PLAIN
 
 
 def _fused(q, k, v, causal, softmax_scale):
     """Attend with torch's fused CPU op. float32, [batch, heads, rows, headdim].
 
-    Its traps (wrong lse for rows without keys, a crash without any key) cannot be met: a piece
-    has keys, and each of its rows sees at least one.
+    Some of its traps (wrong lse for rows without keys, a crash without any key) cannot be met: a
+    piece has keys, and each of its rows sees at least one. One can: a row whose scores are all NaN
+    or overflow gets lse = 0 and an out of no meaning. Returns None where that may have happened.
     """
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, scale=softmax_scale
     )
-    return out.transpose(1, 2), lse
+    return (out.transpose(1, 2), lse) if lse.all() else None
 
 
-def _plain(q, k, v, lo, hi, softmax_scale, softcap):
-    """Attend by matrix products under the band lo <= j - i <= hi. Shapes as for _fused."""
+def _plain(q, k, v, band, softmax_scale, softcap):
+    """Attend by matrix products under a band (lo, hi, q_stride, k_stride). Shapes as for _fused."""
     batch, nheads, rows, headdim = q.shape
     nheads_k, keys = k.shape[1], k.shape[2]
     # The query heads that share a key head become rows of one product.
@@ -108,8 +118,9 @@ def _plain(q, k, v, lo, hi, softmax_scale, softcap):
     if softcap:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     scores = scores.view(batch, nheads, rows, keys)
-    if lo > 1 - rows or hi < keys - 1:
-        ahead = torch.arange(keys) - torch.arange(rows)[:, None]
+    lo, hi, q_stride, k_stride = band
+    if lo > (1 - rows) * q_stride or hi < (keys - 1) * k_stride:
+        ahead = torch.arange(keys) * k_stride - torch.arange(rows)[:, None] * q_stride
         scores.masked_fill_((ahead < lo) | (ahead > hi), float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
     shift = torch.where(lse == float("-inf"), 0.0, lse)  # a row without keys: exp(-inf - 0) = 0
@@ -122,9 +133,13 @@ def merge_(out, lse, part_out, part_lse):
     """Merge a part into the running (out, lse), in place. paper.md, equation (4), for two.
 
     float32, out [batch, rows, nheads, headdim], lse [batch, nheads, rows]. Neither lse may be
-    +inf; -inf on either side or both is exact, NaN stays NaN.
+    +inf; -inf on either side or both is exact, NaN stays NaN, and inf in v stays inf.
     """
     total = torch.logaddexp(lse, part_lse)
-    weight = torch.exp(part_lse - total).masked_fill_(total == float("-inf"), 0.0)
-    out.lerp_(part_out, weight.transpose(1, 2)[..., None])
+    empty = total == float("-inf")
+    kept, added = (
+        torch.exp(x - total).masked_fill_(empty, 0.0).transpose(1, 2)[..., None]
+        for x in (lse, part_lse)
+    )
+    out.mul_(kept).addcmul_(part_out, added)
     lse.copy_(total)

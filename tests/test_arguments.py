@@ -61,8 +61,19 @@ def test_gradients_are_refused_not_dropped():
     q = torch.zeros(2, 6, 4, 8, requires_grad=True)
     with pytest.raises(ringkern.UnsupportedError, match="gradients.*no_grad"):
         ringkern.attn_func(**good(q=q))
+    sinks = torch.zeros(4, requires_grad=True)
+    with pytest.raises(ringkern.UnsupportedError, match="gradients"):
+        ringkern.attn_func(**good(), sinks=sinks)
     with torch.no_grad():
-        ringkern.attn_func(**good(q=q))
+        ringkern.attn_func(**good(q=q), sinks=sinks)
+    with ringkern.init_ring(transport="local") as ring:
+        plan = ringkern.Plan(1, (3,))
+        with pytest.raises(ringkern.UnsupportedError, match="unshard.. has no backward"):
+            ring.unshard(torch.zeros(3, requires_grad=True), plan)
+        with pytest.raises(ringkern.ArgumentError, match="x_local: want a tensor on cpu, got meta"):
+            ring.unshard(torch.zeros(3, device="meta"), plan)
+        with pytest.raises(ringkern.ArgumentError, match="plan: want a Plan, got None"):
+            ring.unshard(torch.zeros(3), None)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +98,7 @@ def test_varlen_refuses(cu_seqlens, match):
 RING_CALLS = [
     (dict(k=torch.zeros(2, 5, 2, 8), v=torch.zeros(2, 5, 2, 8)), "k: want seqlen_local 6, as q"),
     (dict(layout="spiral"), "layout: want one of"),
-    (dict(method="teleport"), "method: want one of"),
+    (dict(method="teleport"), "method: want auto or one of"),
     *BAD_TENSORS[:5],
     *BAD_OPTIONS[:4],
 ]
@@ -121,13 +132,16 @@ def test_shards_that_do_not_fit_the_layout_are_refused_on_every_rank():
 
 def test_ring_attn_refuses_and_sends_nothing():
     x = torch.zeros(4, 2, 8)
-    later = [dict(method=m) for m in ("pass_q", "gather_kv", "gather_q")]
-    later += [dict(cache=object()), dict(layer=1), dict(partial_dtype=torch.bfloat16)]
 
     def refuse(ring):
         plan = ringkern.Placement(2).prefill({"a": 8})
-        for options in later:
-            with pytest.raises(ringkern.UnsupportedError, match="this version"):
+        for options, match in [
+            (dict(method="teleport"), "method: want auto or one of pass_kv"),
+            (dict(cache=object()), "cache: want a KVCache or None, got object"),
+            (dict(layer=1), "layer: want 0 without a cache, got 1"),
+            (dict(partial_dtype=torch.int8), "partial_dtype: want .*float32.*got torch.int8"),
+        ]:
+            with pytest.raises(ringkern.ArgumentError, match=match):
                 ring.attn(x, x, x, plan, **options)
         for args, match in [
             ((x, x, x, "plan"), "plan: want a Plan, got str"),
@@ -177,6 +191,15 @@ def test_different_arguments_are_named_on_every_rank(monkeypatch):
         match = "causal: want" if ring.rank == 0 else "rank 0 refused the call: causal: want"
         with pytest.raises(ringkern.ArgumentError, match=match):
             ringkern.ring_attn_func(x, x, x, causal=causal, ring=ring)
+        layout = "striped" if ring.rank else "zigzag"
+        with pytest.raises(ringkern.ArgumentError, match="layout differs between ranks"):
+            ringkern.ring_attn_func(x, x, x, layout=layout, ring=ring)
+        plan = ringkern.Placement(3).prefill({f"\N{SNOWMAN}{i}": 9 for i in range(99)})
+        y = torch.zeros(plan.num_tokens(ring.rank), 2, 8)
+        sinks = torch.zeros(2) if ring.rank else None
+        with pytest.raises(ringkern.ArgumentError, match="sinks differs between ranks"):
+            ring.attn(y, y, y, plan, sinks=sinks)
+        ring.attn(y, y, y, plan)
         plan = ringkern.Placement(3).prefill({"a": 12 if ring.rank else 13})
         y = torch.zeros(plan.num_tokens(ring.rank), 2, 8)
         with pytest.raises(ringkern.ArgumentError, match="plan differs"):
@@ -192,12 +215,15 @@ def test_init_ring_refuses(monkeypatch, tmp_path):
     cases = [
         (dict(), "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set. Start with `torchrun"),
         (dict(transport="pigeon"), "transport: want one of"),
-        (dict(timeout_s=0), "timeout_s: want more than 0"),
+        (dict(timeout_s="soon"), "timeout_s: want seconds"),
+        (dict(timeout_s=float("inf")), "timeout_s: want seconds"),
+        (dict(device=3.5), "device: want a torch device"),
+        (dict(timeout_s=0), "timeout_s: want seconds, more than 0"),
         (dict(device="gpu9"), "device: want a torch device"),
         (dict(group="world"), "group: want a ProcessGroup"),
         (dict(group="world", transport="local"), "group: want a LocalGroup's member"),
         (dict(transport="local", secret="x" * 32), "secret: want None"),
-        (dict(profile="h100"), "profile: want None"),
+        (dict(profile="h100"), "profile: want a file that"),
         (dict(secret="short"), "secret: want at least 32 bytes, got 5"),
     ]
     for options, match in cases:
@@ -227,6 +253,7 @@ def test_init_ring_refuses(monkeypatch, tmp_path):
         ("RANK", "two", "RANK: want a whole number, got 'two'"),
         ("RANK", "2", "RANK: want below WORLD_SIZE = 2, got 2"),
         ("MASTER_PORT", "-1", "MASTER_PORT: want a whole number"),
+        ("MASTER_PORT", "99999", "MASTER_PORT: want 1 to 65535, got 99999"),
     ],
 )
 def test_a_broken_torchrun_environment(monkeypatch, name, value, match):

@@ -48,7 +48,7 @@ def assert_attn(q, k, v, name, **options):
     causal=st.booleans(),
     window_size=WINDOWS,
     softcap=st.sampled_from([0.0, 3.0]),
-    softmax_scale=st.sampled_from([None, 0.3]),
+    softmax_scale=st.sampled_from([None, 0.3, 0.0, -0.5]),
     sinks=st.booleans(),
 )
 @settings(max_examples=250, deadline=None)
@@ -124,6 +124,27 @@ def test_nan_stays_nan(softcap):
     out, lse = ringkern.attn_func(q, k, v, causal=True, softcap=softcap)
     assert out[:, 3:].isnan().all() and lse[:, :, 3:].isnan().all()
     assert out[:, :3].isfinite().all() and lse[:, :, :3].isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_of_nan_stay_nan(causal):
+    """The fused op answers lse = 0 to a row whose scores are all NaN, or all overflow."""
+    q, k, v = make_qkv(6, 6)
+    q[0, 2] = float("nan")
+    out, lse = ringkern.attn_func(q, k, v, causal=causal)
+    want, want_lse = reference.attn(q, k, v, causal=causal)
+    assert torch.equal(out.isnan(), want.isnan()) and torch.equal(lse.isnan(), want_lse.isnan())
+    out, lse = ringkern.attn_func(q, k * float("nan"), v, causal=causal)
+    assert out.isnan().all() and lse.isnan().all()
+    out, lse = ringkern.attn_func(*(x * 1e25 for x in make_qkv(6, 6)), causal=causal)
+    assert not (lse == 0).any()
+
+
+def test_infinite_values_stay_infinite():
+    q, k, v = make_qkv(2, 5000)
+    v[0, 3] = float("inf")
+    out, _ = ringkern.attn_func(q, k, v)
+    assert (out == float("inf")).all()
 
 
 def test_large_magnitudes():

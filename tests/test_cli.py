@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from ringkern import cli, demo
+from ringkern import cli, demo, profile
 
 
 def options(parser):
@@ -23,6 +23,7 @@ def options(parser):
 # Public, so frozen: a new option is a new line here, in the README's spirit and in CHANGELOG.
 FROZEN = {
     "bench": ["--json", "--list", "--quick", "-h", "cases"],
+    "calibrate": ["--json", "--out", "--ranks", "--seconds", "--threads", "-h"],
     "demo": ["--json", "--picture", "--ranks", "--timeout", "--tokens", "-h", "file"],
     "doctor": ["--json", "-h"],
     "plan": [
@@ -31,6 +32,8 @@ FROZEN = {
         "--json",
         "--layout",
         "--lengths",
+        "--method",
+        "--nheads",
         "--nheads-k",
         "--no-causal",
         "--rank",
@@ -68,11 +71,29 @@ def test_plan_as_json_adds_up(capsys):
 def test_plan_of_one_rank(capsys):
     _, out, _ = run(capsys, "plan", "--world-size", "3", "--lengths", "20", "--rank", "1")
     assert "sequence 0, positions 4..7" in out
-    assert "step 1: K,V of rank 0; sends" in out
+    assert "sends kv of rank 0, peer 2: 28672 bytes" in out
+    assert "q of rank 1 x K,V of rank 0" in out
     _, out, _ = run(capsys, "plan", "--world-size", "3", "--lengths", "20", "--rank", "1", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert rows[0]["runs"][0] == dict(seq=0, offset=0, start=4, length=4, stride=1)
-    assert [row["kv_rank"] for row in rows[1:]] == [1, 0, 2]
+    assert [row["work"][0]["kv_rank"] for row in rows[1:]] == [1, 0, 2]
+
+
+@pytest.mark.parametrize("method", ["pass_q", "gather_kv", "gather_q"])
+def test_plan_of_other_methods(capsys, method):
+    argv = ["plan", "--world-size", "3", "--lengths", "20,7", "--method", method, "--json"]
+    code, out, _ = run(capsys, *argv)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert sum(sum(row["pairs"]) for row in rows) == 20 * 21 // 2 + 7 * 8 // 2
+
+
+def test_calibrate_writes_a_profile(capsys, tmp_path):
+    path = tmp_path / "profile.json"
+    argv = ["calibrate", "--ranks", "2", "--seconds", "0.2", "--out", str(path), "--json"]
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    assert profile.load(str(path)) == profile.load(json.loads(out))
 
 
 def test_plan_needs_no_torch():
@@ -90,6 +111,8 @@ def test_plan_needs_no_torch():
         (["plan", "--world-size", "2", "--lengths", "9,0"], "lengths: want ints above 0"),
         (["plan", "--world-size", "2", "--lengths", "9", "--layout", "x"], "layout: want one of"),
         (["plan", "--world-size", "2", "--lengths", "9", "--rank", "2"], "rank: want 0 to 1"),
+        (["plan", "--world-size", "2", "--lengths", "9", "--method", "x"], "method: want one of"),
+        (["calibrate", "--ranks", "0"], "ranks: want at least 1"),
         (["demo", "no/such/file"], "file: want a readable file, got no/such/file"),
         (["demo", "--ranks", "0"], "ranks: want at least 1"),
         (["demo", "--tokens", "0"], "tokens: want at least 1"),

@@ -106,6 +106,8 @@ def test_one_percent_off_is_caught():
         (torch.zeros(0, 3, 4, 5), torch.zeros(0, 4, 3), "at least one part"),
         (torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4), r"lses: want \(2, 4, 3\)"),
         (torch.zeros(2, 3, 4, 5, dtype=torch.int32), torch.zeros(2, 4, 3), "outs: want a floating"),
+        ([], torch.zeros(2, 4, 3), "outs: want one or more tensors of one shape, got 0"),
+        ([torch.zeros(3, 4, 5), torch.zeros(2, 4, 5)], torch.zeros(2, 4, 3), "of one shape, got 2"),
         ("x", torch.zeros(2, 4, 3), "outs: want a floating tensor, got str"),
     ],
 )

@@ -71,6 +71,25 @@ def test_process_groups_and_meshes():
     launch(with_groups, 4, threads=1, timeout_s=90)
 
 
+def late_group(worker, done):
+    """A group whose second rank does not come: the ring's own timeout holds, not the group's."""
+    dist.init_process_group("gloo")
+    if worker.rank == 1:
+        while not done.exists():
+            time.sleep(0.05)
+        return None
+    started = time.monotonic()
+    with pytest.raises(ringkern.TransportTimeoutError, match="meeting the ranks of the process"):
+        ringkern.init_ring(timeout_s=1)
+    done.touch()
+    return time.monotonic() - started
+
+
+def test_a_group_s_rank_that_does_not_come(tmp_path):
+    took = launch(late_group, 2, tmp_path / "done", threads=1, timeout_s=60)[0]
+    assert took < 6
+
+
 def plain_environment(worker, port_file):
     """Without torchrun's agent rank 0 serves the store. Twice: rings do not mix."""
     del os.environ["TORCHELASTIC_USE_AGENT_STORE"]

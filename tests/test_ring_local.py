@@ -1,14 +1,16 @@
 """The ring between threads: any lengths, layout, world size, mask and dtype."""
 
+import threading
+
 import pytest
 import ringkern
 import torch
 from close import assert_close, assert_lse_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ringkern import ring as ring_module
-from ringkern import tiles
+from ringkern import api, tiles
 from ringkern.kernels import reference, step_torch
+from ringkern.transport_local import LocalTransport
 from strategies import LAYOUTS, LENGTHS, WINDOWS, WORLD_SIZES
 from threads import run_threads
 
@@ -126,8 +128,15 @@ def test_unshard_inverts_shard(world_size, layout, seqlen, dim, told):
 
 def reversed_ring(monkeypatch):
     """Plant a fault: pass K and V to the previous rank instead of the next."""
-    right = ring_module.Ring._neighbours
-    monkeypatch.setattr(ring_module.Ring, "_neighbours", lambda self: right(self)[::-1])
+    post = LocalTransport.exchange
+
+    def mirrored(self, sends, recvs):
+        def mirror(messages):
+            return [((2 * self.rank - peer) % self.world_size, x) for peer, x in messages]
+
+        return post(self, mirror(sends), mirror(recvs))
+
+    monkeypatch.setattr(LocalTransport, "exchange", mirrored)
 
 
 def merge_one_percent_off(monkeypatch):
@@ -155,15 +164,14 @@ def mask_off_by_one(monkeypatch):
 @pytest.mark.parametrize("world_size", [3, 5])
 def test_planted_faults_are_caught(monkeypatch, fault, dtype, world_size):
     qkv = make_qkv(1, 97, nheads=4, nheads_k=2, headdim=16, dtype=dtype)
-    ring_module.make_schedule.cache_clear()
     assert_dense(world_size, qkv, "zigzag", "sound", causal=True)
     fault(monkeypatch)
-    ring_module.make_schedule.cache_clear()
+    api._make_plan.cache_clear()  # or the schedule of the sound run is used again
     try:
         with pytest.raises(AssertionError):
             assert_dense(world_size, qkv, "zigzag", "faulty", causal=True)
     finally:
-        ring_module.make_schedule.cache_clear()
+        api._make_plan.cache_clear()
 
 
 def test_no_allocation_grows_with_the_ring():
@@ -173,15 +181,15 @@ def test_no_allocation_grows_with_the_ring():
     def wires(ring):
         plan = ringkern.Placement(ring.world_size).prefill({"a": 64})
         mine = [plan.shard(x, ring.rank) for x in qkv]
-        ring.attn(*mine, plan)
-        before = [wire.data_ptr() for wire in ring._wires[torch.float32]]
-        ring.attn(*mine, plan)
-        after = [wire.data_ptr() for wire in ring._wires[torch.float32]]
+        ring.attn(*mine, plan, method="pass_kv")
+        before = {buffer.data_ptr() for buffer in ring._pool._spare}
+        ring.attn(*mine, plan, method="pass_kv")
+        after = {buffer.data_ptr() for buffer in ring._pool._spare}
         assert before == after and len(after) == 2
-        return sum(wire.numel() for wire in ring._wires[torch.float32]) * ring.world_size
+        return sum(buffer.numel() for buffer in ring._pool._spare) * ring.world_size
 
     totals = {sum(run_threads(wires, n)) // n for n in (2, 4, 8)}
-    assert totals == {2 * 64 * 2 * 8}, "wires times ranks is two copies of K and V"
+    assert totals == {4 * 2 * 64 * 2 * 8}, "wires times ranks is two copies of K and V"
 
 
 def test_stats_count_what_was_done():
@@ -190,7 +198,7 @@ def test_stats_count_what_was_done():
     def attend(ring):
         plan = ringkern.Placement(ring.world_size).prefill({"a": 30})
         for _ in range(2):
-            ring.attn(*[plan.shard(x, ring.rank) for x in qkv], plan)
+            ring.attn(*[plan.shard(x, ring.rank) for x in qkv], plan, method="pass_kv")
         return ring.stats(), ring.events()
 
     for stats, events in run_threads(attend, 3):
@@ -207,3 +215,40 @@ def test_the_latest_open_ring_is_the_default(monkeypatch):
     q, k, v = make_qkv(1, 5, nheads=2, nheads_k=1, headdim=8)
     with pytest.raises(ringkern.ArgumentError, match="torchrun"):
         ringkern.ring_attn_func(q, k, v)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_inside_inference_mode_and_outside(first):
+    """Buffers are kept from call to call, whichever mode the next is in."""
+    qkv = make_qkv(30, nheads=2, nheads_k=1, headdim=8)
+
+    def attend(ring):
+        plan = ringkern.Placement(ring.world_size).prefill({"a": 30})
+        for mode in (first, not first):
+            with torch.inference_mode(mode):
+                ring.attn(*[plan.shard(x, ring.rank) for x in qkv], plan, method="pass_kv")
+
+    run_threads(attend, 3)
+
+
+def test_a_call_that_breaks_off_fails_the_ring(monkeypatch):
+    """Between a post and its wait: else the ranks would be one exchange apart."""
+    qkv = make_qkv(30, nheads=2, nheads_k=1, headdim=8)
+    step = step_torch.step
+
+    def attend(ring):
+        plan = ringkern.Placement(ring.world_size).prefill({"a": 30})
+        mine = [plan.shard(x, ring.rank) for x in qkv]
+        with pytest.raises(MemoryError if ring.rank == 1 else ringkern.TransportError):
+            for _ in range(3):
+                ring.attn(*mine, plan, method="pass_kv")
+        with pytest.raises(ringkern.TransportError, match="MemoryError: no more"):
+            ring.barrier()
+
+    def faulty(q, *rest, **options):
+        if threading.current_thread().name == "rank 1":
+            raise MemoryError("no more")
+        return step(q, *rest, **options)
+
+    monkeypatch.setattr(step_torch, "step", faulty)
+    run_threads(attend, 3)

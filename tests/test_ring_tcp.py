@@ -6,6 +6,7 @@ import torch
 from close import assert_close, assert_lse_close
 from ringkern.kernels import reference
 from ringkern.launch import launch
+from threads import HARDWARE
 
 DENSE = [
     # batch, seqlen, nheads, nheads_k, headdim, headdim_v, dtype, layout, options
@@ -58,7 +59,7 @@ def check_packed(ring):
 
 
 def check_ring(worker):
-    with ringkern.init_ring(timeout_s=60) as ring:
+    with ringkern.init_ring(timeout_s=60, profile=HARDWARE) as ring:
         assert (ring.rank, ring.world_size) == (worker.rank, worker.world_size)
         assert ring.transport == "tcp" and ring.device == torch.device("cpu")
         before = ring.stats()["transport"]["bytes_sent"]
@@ -75,7 +76,7 @@ def test_ring_matches_one_device(world_size):
 
 def check_bytes(worker):
     """The transport's own count of a call is the plan's prediction, to the byte."""
-    with ringkern.init_ring(timeout_s=60) as ring:
+    with ringkern.init_ring(timeout_s=60, profile=HARDWARE) as ring:
         plan = ringkern.Placement(ring.world_size).prefill({"a": 301, "b": 7})
         x = torch.zeros(plan.num_tokens(ring.rank), 2, 16)
         ring.barrier()
@@ -97,7 +98,7 @@ def test_bytes_moved_are_bytes_planned(monkeypatch, lanes, checksum):
 
 def check_large(worker):
     """Payloads far larger than the socket buffers, both ways at once."""
-    with ringkern.init_ring(timeout_s=60) as ring:
+    with ringkern.init_ring(timeout_s=60, profile=HARDWARE) as ring:
         x = torch.arange(12 << 20, dtype=torch.int32) + ring.rank  # 48 MiB
         y = torch.empty_like(x)
         next_rank, prev_rank = (ring.rank + 1) % ring.world_size, (ring.rank - 1) % ring.world_size

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ringkern import tiles
+from ringkern import schedule, tiles
 from ringkern.plan import Plan
 from ringkern.schedule import make_schedule
 from strategies import LAYOUTS, LENGTHS, WINDOWS, WORLD_SIZES
@@ -32,18 +32,23 @@ def computed_pairs(plan, schedules):
     for rank, steps in enumerate(schedules):
         mine = plan.indices(rank).tolist()
         for step in steps:
-            theirs = plan.indices(step.kv_rank).tolist()
-            for q0, q1, k0, k1, lo, hi in step.spans.tolist():
-                for i, j in itertools.product(range(q1 - q0), range(k1 - k0)):
-                    if lo <= j - i <= hi:
-                        pair = mine[q0 + i], theirs[k0 + j]
-                        assert pair not in pairs, f"{pair} twice, again on rank {rank}"
-                        pairs.add(pair)
+            for _, kv_rank, spans in step.work:
+                theirs = plan.indices(kv_rank).tolist()
+                for q0, q1, k0, k1, lo, hi, *_ in spans.tolist():
+                    for i, j in itertools.product(range(q1 - q0), range(k1 - k0)):
+                        if lo <= j - i <= hi:
+                            pair = mine[q0 + i], theirs[k0 + j]
+                            assert pair not in pairs, f"{pair} twice, again on rank {rank}"
+                            pairs.add(pair)
     return pairs
 
 
 def all_schedules(plan, causal, window_size):
-    return [make_schedule(plan, r, causal, window_size) for r in range(plan.world_size)]
+    return [make_schedule(plan, r, "pass_kv", causal, window_size) for r in range(plan.world_size)]
+
+
+def sent(step):
+    return sum(move.tokens for move in step.sends)
 
 
 @given(WORLD_SIZES, LAYOUTS, LENGTHS, st.booleans(), WINDOWS)
@@ -53,7 +58,7 @@ def test_every_visible_pair_is_computed_once(world_size, layout, lengths, causal
     schedules = all_schedules(plan, causal, window_size)
     want = visible_pairs(lengths, causal, window_size)
     assert computed_pairs(plan, schedules) == want
-    counted = sum(tiles.pairs(step.spans) for steps in schedules for step in steps)
+    counted = sum(schedule.pairs(step) for steps in schedules for step in steps)
     assert counted == len(want)
 
 
@@ -68,16 +73,17 @@ def test_kv_arrives_before_it_is_used_and_no_further(
         sender = schedules[(rank - 1) % world_size]
         has = True  # its own K and V
         for step in steps:
-            assert has or not len(step.spans), f"rank {rank} uses K, V of {step.kv_rank} unsent"
-            assert has or not step.send_tokens
-            assert step.recv_tokens == sender[step.index].send_tokens
-            has = step.recv_tokens > 0
-        assert not steps[-1].send_tokens
+            assert has or not step.work, f"rank {rank} uses K, V at step {step.index} unsent"
+            assert has or not step.sends
+            received = sum(move.tokens for move in step.recvs)
+            assert received == sent(sender[step.index])
+            has = received > 0
+        assert not steps[-1].sends
     for kv_rank in range(world_size):
         # Where kv_rank's K and V stop, the last rank to get them has a use for them.
         trip = [schedules[(kv_rank + s) % world_size][s] for s in range(world_size)]
-        last = max((s for s in range(world_size) if s and trip[s - 1].send_tokens), default=0)
-        assert last == 0 or len(trip[last].spans), f"K, V of {kv_rank} go on to step {last} in vain"
+        last = max((s for s in range(1, world_size) if trip[s - 1].sends), default=0)
+        assert last == 0 or trip[last].work, f"K, V of {kv_rank} go on to step {last} in vain"
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5, 8])
@@ -90,21 +96,21 @@ def test_zigzag_balances_causal_work_at_every_step(world_size, chunk, extra):
     # chunk * (2 * chunk + 1) pairs then, and at most (2 * chunk + 2) * (chunk + 1).
     allowed = 0 if extra == 0 else 3 * chunk + 2
     for index in range(world_size):
-        loads = [tiles.pairs(steps[index].spans) for steps in schedules]
+        loads = [schedule.pairs(steps[index]) for steps in schedules]
         assert max(loads) - min(loads) <= allowed, f"step {index}: {loads}"
 
 
 def test_contiguous_does_not_balance():
     """The balance test can fail: the layout it must not pass is far out."""
     schedules = all_schedules(Plan(3, (24,), "contiguous"), True, (-1, -1))
-    loads = [tiles.pairs(steps[1].spans) for steps in schedules]
+    loads = [schedule.pairs(steps[1]) for steps in schedules]
     assert max(loads) - min(loads) > 3 * 4 + 2
 
 
 def test_contiguous_causal_sends_only_onward():
     """No query is before rank 0's keys of the next lap: rank 2's K and V never move."""
     for rank, steps in enumerate(all_schedules(Plan(3, (24,), "contiguous"), True, (-1, -1))):
-        assert [step.send_tokens for step in steps] == {
+        assert [sent(step) for step in steps] == {
             0: [8, 0, 0],
             1: [8, 8, 0],
             2: [0, 0, 0],
@@ -112,26 +118,26 @@ def test_contiguous_causal_sends_only_onward():
 
 
 def test_a_window_that_reaches_one_chunk_back_is_one_step():
-    steps = make_schedule(Plan(8, (8 * 16,), "contiguous"), 5, True, (15, 0))
-    assert [len(step.spans) for step in steps] == [1, 1, 0, 0, 0, 0, 0, 0]
-    assert [step.send_tokens for step in steps] == [16, 0, 0, 0, 0, 0, 0, 0]
+    steps = make_schedule(Plan(8, (8 * 16,), "contiguous"), 5, "pass_kv", True, (15, 0))
+    assert [len(step.work) for step in steps] == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert [sent(step) for step in steps] == [16, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_steps_cannot_be_changed():
     step = make_schedule(Plan(2, (8,)), 0)[0]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        step.send_tokens = 0
+        step.sends = ()
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(-12, 12), st.integers(-12, 12))
 def test_pairs_counts_a_band(q_length, k_length, a, b):
     lo, hi = max(min(a, b), 1 - q_length), min(max(a, b), k_length - 1)
     want = sum(lo <= j - i <= hi for i, j in itertools.product(range(q_length), range(k_length)))
-    row = [[0, q_length, 0, k_length, lo, hi]] if lo <= hi else []
-    spans = np.array(row, dtype=np.int64).reshape(-1, 6)
+    row = [[0, q_length, 0, k_length, lo, hi, 1, 1]] if lo <= hi else []
+    spans = np.array(row, dtype=np.int64).reshape(-1, 8)
     assert tiles.pairs(spans) == want
 
 
 def test_a_million_tokens_for_128_ranks_are_small_tables():
-    steps = make_schedule(Plan(128, (1_000_000,)), 77)
-    assert len(steps) == 128 and max(len(step.spans) for step in steps) == 3
+    steps = make_schedule(Plan(128, (1_000_000,)), 77, "pass_kv")
+    assert len(steps) == 128 and max(len(step.work[0].spans) for step in steps) == 3

@@ -1,17 +1,21 @@
 """The public functions of a ring: check, plan, run."""
 
 import functools
+import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from ringkern import shard
+from ringkern.agreement import agree
 from ringkern.errors import check
 from ringkern.packed import check_edges
 from ringkern.plan import Plan
 from ringkern.problem import check_dims, make_problem
-from ringkern.ring import Ring, check_method
+from ringkern.profile import load
+from ringkern.ring import Ring
+from ringkern.schedule import check_method
 from ringkern.transport import open_transport
 
 _rings: list[Ring] = []  # open rings of this process, latest last; ring=None means the latest
@@ -41,7 +45,9 @@ def init_ring(
         timeout_s: seconds within which every exchange, and the making of the ring, must be over.
         secret: at least 32 bytes that every rank knows; None means RINGKERN_SECRET or
             RINGKERN_SECRET_FILE, else one that rank 0 draws and shares over the rendezvous.
-        profile: must be None; this version has one method and nothing to choose.
+        profile: for the choice of method: a file that `ringkern calibrate` wrote, or a
+            types.Hardware; None means RINGKERN_PROFILE, else the ring measures itself in some
+            tenths of a second when it first has to choose.
 
     Raises:
         ArgumentError: no environment, or ranks disagree in world size or options.
@@ -49,8 +55,9 @@ def init_ring(
         TransportError: a rank or port cannot be reached, or not in time.
         UnsupportedError: CUDA or NCCL.
     """
-    check(profile is None, "profile", "None", repr(profile), "This version has one method only.")
-    ring = Ring(*open_transport(group, transport, device, timeout_s, secret))
+    profile = os.environ.get("RINGKERN_PROFILE") if profile is None else profile
+    hardware = None if profile is None else load(profile)
+    ring = Ring(*open_transport(group, transport, device, timeout_s, secret), hardware)
     if ring.transport != "local":  # threads share this list; they name their rings
         _rings[:] = [old for old in _rings if not old.closed] + [ring]
     return ring
@@ -66,6 +73,7 @@ def shard_sequence(x: torch.Tensor, ring: Ring, dim: int = 1, layout: str = "zig
         dim: the sequence dimension.
         layout: "contiguous", "zigzag" (balanced for causal) or "striped".
     """
+    check(isinstance(ring, Ring), "ring", "what init_ring() returned", type(ring).__name__)
     dim = _check_dim(x, "x", dim)
     chunks = shard.chunks(layout, x.shape[dim], ring.world_size, ring.rank)
     pieces = [_slice(x, dim, chunk) for chunk in chunks]
@@ -85,6 +93,7 @@ def unshard_sequence(
         x_local: this rank's shard.
         seqlen: the whole length; None asks the other ranks, for one small exchange more.
     """
+    check(isinstance(ring, Ring), "ring", "what init_ring() returned", type(ring).__name__)
     dim = _check_dim(x_local, "x_local", dim)
     shard.check_layout(layout)
     plan = _plan_of_shards(ring, x_local.shape[dim], layout, "x_local", seqlen)
@@ -133,9 +142,9 @@ def ring_attn_func(
         softcap: 0.0 is off; else scores become softcap * tanh(scores / softcap).
         layout: how the sequence was cut: "contiguous", "zigzag" or "striped". Must match
             shard_sequence().
-        method: "auto" or "pass_kv".
+        method: "pass_kv", "pass_q", "gather_kv", "gather_q", or "auto": the fastest by prediction.
         ring: None means the latest that init_ring() made and is open; where there is none, a new
-            one by init_ring().
+            one by init_ring(). Rings of threads do not count: name them.
         return_lse: also return lse.
 
     Returns:
@@ -160,9 +169,9 @@ def ring_attn_func(
         check(k.shape[1] == q.shape[1], "k", want, tuple(k.shape))
         return problem
 
-    problem = ring.agree(accept, None)
+    problem = agree(ring, accept, layout=layout, method=method)
     plan = _plan_of_shards(ring, q.shape[1], layout, "q", None)
-    out, lse = ring.run(q, k, v, plan, problem)
+    out, lse = ring.run(q, k, v, plan, problem, method=method)
     return (out, lse) if return_lse else out
 
 
@@ -213,7 +222,7 @@ def ring_attn_varlen_func(
 
 
 # One plan per shape, so that its tables are made once and not once per layer.
-_make_plan = functools.lru_cache(maxsize=64)(Plan)
+_make_plan = functools.lru_cache(maxsize=16)(Plan)
 
 
 def _current(ring: Ring | None) -> Ring:
@@ -252,7 +261,8 @@ def _plan_of_shards(ring: Ring, mine: int, layout: str, what: str, seqlen: int |
 
 def _check_dim(x, name: str, dim: int) -> int:
     check(isinstance(x, torch.Tensor), name, "a torch.Tensor", type(x).__name__)
-    check(-x.dim() <= dim < x.dim(), "dim", f"a dimension of {name}, {tuple(x.shape)}", dim)
+    ok = isinstance(dim, int) and -x.dim() <= dim < x.dim()
+    check(ok, "dim", f"a dimension of {name}, {tuple(x.shape)}", repr(dim))
     return dim % x.dim()
 
 

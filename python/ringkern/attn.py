@@ -143,9 +143,7 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
         out: outs' shape without parts, in outs' dtype, computed in float32.
         lse: lses' shape without parts, float32.
     """
-    outs, lses = (
-        torch.stack(tuple(x)) if isinstance(x, (list, tuple)) else x for x in (outs, lses)
-    )
+    outs, lses = _stacked("outs", outs), _stacked("lses", lses)
     for name, x in (("outs", outs), ("lses", lses)):
         ok = isinstance(x, torch.Tensor) and x.is_floating_point()
         check(ok, name, "a floating tensor", getattr(x, "dtype", type(x).__name__))
@@ -160,6 +158,15 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
     check(tuple(lses.shape) == want, "lses", want, tuple(lses.shape))
     check(lses.device == outs.device, "lses", f"a tensor on {outs.device}", lses.device)
     return local.merge(outs, lses)
+
+
+def _stacked(name, parts):
+    if not isinstance(parts, (list, tuple)):
+        return parts
+    shapes = sorted({tuple(x.shape) for x in parts if isinstance(x, torch.Tensor)})
+    ok = len(shapes) == 1 and all(isinstance(x, torch.Tensor) for x in parts)
+    check(ok, name, "one or more tensors of one shape", f"{len(parts)} of {shapes}")
+    return torch.stack(tuple(parts))
 
 
 def _attend(q, k, v, edges_q, edges_k, problem: Problem, sinks):

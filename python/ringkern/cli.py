@@ -1,13 +1,14 @@
 """The command ringkern."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import pathlib
 import sys
 
 import ringkern
-from ringkern.errors import ArgumentError, RingkernError, UnsupportedError
+from ringkern.errors import ArgumentError, RingkernError, UnsupportedError, check
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,6 +44,23 @@ def make_parser() -> argparse.ArgumentParser:
         help="seconds that an exchange may take (default: 60)",
     )
 
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure a ring of processes on this host and write its profile",
+        description="Measure attention, merges and exchanges of a ring of processes on this host, "
+        "and write the profile that the choice of method is made from. In a program of your own, "
+        "ringkern.calibrate.measure(ring) measures the ring that it runs on.",
+    )
+    calibrate.add_argument("--ranks", type=int, default=4, help="processes (default: 4)")
+    calibrate.add_argument("--threads", type=int, default=1, help="per process (default: 1)")
+    calibrate.add_argument("--seconds", type=float, default=3.0, help="to measure (default: 3)")
+    calibrate.add_argument(
+        "--out",
+        default="ringkern-profile.json",
+        metavar="JSON",
+        help="where to write (default: ringkern-profile.json)",
+    )
+
     doctor = commands.add_parser(
         "doctor",
         help="print what this machine has and what a ring here would use",
@@ -54,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
         "plan",
         help="print who holds what, and every step of a prefill",
         description="Print how a packed batch is sharded, and what each rank does at each step of "
-        "pass-KV. Needs no torch.",
+        "a method. Needs no torch.",
     )
     plan.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks")
     plan.add_argument(
@@ -65,6 +83,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="tokens per sequence, comma-separated",
     )
     plan.add_argument("--layout", default="zigzag", help="zigzag (default), contiguous or striped")
+    plan.add_argument(
+        "--method", default="pass_kv", help="pass_kv (default), pass_q, gather_kv or gather_q"
+    )
+    plan.add_argument("--nheads", type=int, default=32, help="query heads (default: 32)")
     plan.add_argument("--rank", type=int, help="print this rank's runs and spans in full")
     plan.add_argument(
         "--no-causal", dest="causal", action="store_false", help="let every query see every key"
@@ -95,7 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("cases", nargs="*", metavar="CASE", help="ids or globs; default: all")
     bench.add_argument("--list", action="store_true", help="print the ids and stop")
     bench.add_argument("--quick", action="store_true", help="tiny sizes; records nothing")
-    for command in (demo, doctor, plan, bench):
+    for command in (demo, calibrate, doctor, plan, bench):
         command.add_argument("--json", action="store_true", help="print one JSON object per line")
     return parser
 
@@ -104,7 +126,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit code."""
     args = make_parser().parse_args(argv)
     try:
-        commands = {"demo": _demo, "doctor": _doctor, "plan": _plan, "bench": _bench}
+        commands = {
+            "demo": _demo,
+            "calibrate": _calibrate,
+            "doctor": _doctor,
+            "plan": _plan,
+            "bench": _bench,
+        }
         return commands[args.command](args)
     except ArgumentError as error:
         print(f"ringkern {args.command}: {error}", file=sys.stderr)
@@ -121,6 +149,32 @@ def _demo(args) -> int:
     from ringkern import demo
 
     return demo.run(args.file, args.tokens, args.ranks, args.picture, args.json, args.timeout)
+
+
+def measure_rank(worker, seconds: float):
+    """Return the profile of a ring of ranks that launch() started."""
+    from ringkern import api, calibrate
+
+    with api.init_ring() as ring:
+        return calibrate.measure(ring, seconds)
+
+
+def _calibrate(args) -> int:
+    from ringkern import launch, profile
+
+    check(args.ranks >= 1, "ranks", "at least 1", args.ranks)
+    check(args.seconds > 0, "seconds", "more than 0", args.seconds)
+    work = measure_rank, args.ranks, args.seconds
+    hardware = launch.launch(*work, threads=args.threads)[0]
+    profile.save(hardware, args.out)
+    found = dataclasses.asdict(hardware)
+    if args.json:
+        print(json.dumps(found))
+    else:
+        for name, value in found.items():
+            print(f"  {name:16}  {value}")
+        print(f"written to {args.out}: use it by RINGKERN_PROFILE or init_ring(profile=...)")
+    return 0
 
 
 def _doctor(args) -> int:

@@ -59,7 +59,7 @@ def run_rank(worker, text: bytes, shape: Shape, timeout_s: float) -> RankReport:
         hidden = model.hidden_states(
             plan.shard(tokens, ring.rank),
             torch.from_numpy(plan.positions(ring.rank)),
-            lambda q, k, v: ring.attn(q, k, v, plan, causal=True),
+            lambda q, k, v: ring.attn(q, k, v, plan, method="pass_kv"),
             worker.say,
         )
         stats = ring.stats()
@@ -84,7 +84,11 @@ def run(path, tokens: int, ranks: int, picture: str, as_json: bool, timeout_s: f
     check(ranks >= 1, "ranks", "at least 1", ranks)
     check(tokens >= 1, "tokens", "at least 1", tokens)
     text, name = read_text(path, tokens)
+    ok = pathlib.Path(picture).resolve().parent.is_dir()
+    check(ok, "picture", "a file in a folder that exists", picture)
+    check(timeout_s > 0, "timeout", "more than 0", timeout_s)
     try:
+        import matplotlib  # noqa: F401, as draw() needs it at the end
         from rich.console import Console
     except ImportError as error:
         raise UnsupportedError(
@@ -102,13 +106,13 @@ def run(path, tokens: int, ranks: int, picture: str, as_json: bool, timeout_s: f
     rows = _rows(alone, reports, shape, tokens, ranks)
     worst = max(row["largest_error"] for row in rows)
     ok = worst <= TOLERANCE and all(row["bytes_sent"] == row["bytes_planned"] for row in rows)
-    draw(reports, picture)
     if as_json:
         for row in rows:
             print(json.dumps(row))
         print(json.dumps({"ok": ok, "largest_error": worst, "tolerance": TOLERANCE}))
     else:
         console.print(_table(rows))
+    draw(reports, picture)
     console.print(
         f"{'Every' if ok else 'NOT every'} token's hidden state agrees with the run of one "
         f"process: largest difference {worst:.2g}, tolerance {TOLERANCE:g}.\n"
@@ -151,9 +155,10 @@ def _rows(alone, reports, shape, tokens, ranks):
     plan = Placement(ranks).prefill({"text": tokens})
     rows = []
     for report in reports:
-        steps = make_schedule(plan, report.rank, True)
+        steps = make_schedule(plan, report.rank, "pass_kv")
         token_bytes = 2 * shape.nheads_k * shape.headdim * 4
-        planned = shape.layers * token_bytes * sum(step.send_tokens for step in steps)
+        sent = sum(move.tokens for step in steps for move in step.sends)
+        planned = shape.layers * token_bytes * sent
         want = alone[torch.from_numpy(plan.indices(report.rank))]
         error = (report.hidden - want).abs().max().item() if report.tokens else 0.0
         rows.append(

@@ -3,6 +3,7 @@
 Precedence everywhere: argument, then variable, then default.
 """
 
+import ipaddress
 import os
 import pathlib
 import socket
@@ -17,6 +18,7 @@ VARIABLES = {
     "RINGKERN_IFNAME": "network interface to listen on, by name",
     "RINGKERN_LANES": "TCP connections per peer that share the data, 1 to 16; default 1",
     "RINGKERN_CHECKSUM": "1: check every payload by CRC32C",
+    "RINGKERN_PROFILE": "a file that `ringkern calibrate` wrote, for the choice of method",
     "RINGKERN_CHECK": "1: compare the arguments of every call between ranks first",
 }
 MIN_SECRET = 32
@@ -32,7 +34,8 @@ def flag(name: str) -> bool:
 def lanes() -> int:
     """Return RINGKERN_LANES, 1 to 16."""
     value = os.environ.get("RINGKERN_LANES", "1")
-    check(value.isdigit() and 1 <= int(value) <= 16, "RINGKERN_LANES", "1 to 16", repr(value))
+    ok = value.isascii() and value.isdigit() and 1 <= int(value) <= 16
+    check(ok, "RINGKERN_LANES", "1 to 16", repr(value))
     return int(value)
 
 
@@ -71,10 +74,13 @@ def torchrun() -> tuple[int, int, str, int]:
         "torch.distributed.init_process_group() first.",
     )
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        check(os.environ[name].isdigit(), name, "a whole number", repr(os.environ[name]))
+        value = os.environ[name]
+        check(value.isascii() and value.isdigit(), name, "a whole number", repr(value))
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     check(0 <= rank < world_size, "RANK", f"below WORLD_SIZE = {world_size}", rank)
-    return rank, world_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    port = int(os.environ["MASTER_PORT"])
+    check(0 < port < 65536, "MASTER_PORT", "1 to 65535", port)
+    return rank, world_size, os.environ["MASTER_ADDR"], port
 
 
 def host_id() -> str:
@@ -99,6 +105,11 @@ def route_to(host: str) -> str:
         ) from error
 
 
+def is_loopback(address: str) -> bool:
+    """Return whether "host:port" is on the loopback interface."""
+    return ipaddress.ip_address(address.rpartition(":")[0].strip("[]")).is_loopback
+
+
 def listen_host(interfaces: list[tuple[str, str, bool, bool]], one_host: bool) -> str:
     """Return the one address to listen on: never a wildcard, refused where it is ambiguous.
 
@@ -107,7 +118,10 @@ def listen_host(interfaces: list[tuple[str, str, bool, bool]], one_host: bool) -
         one_host: all ranks run on this host.
     """
     if "RINGKERN_HOST" in os.environ:
-        return os.environ["RINGKERN_HOST"]
+        host = os.environ["RINGKERN_HOST"]
+        hint = "A wildcard would listen on every interface; `ringkern doctor` lists them."
+        check(host not in ("", "0.0.0.0", "::"), "RINGKERN_HOST", "one address", repr(host), hint)
+        return host
     name = os.environ.get("RINGKERN_IFNAME")
     if name is not None:
         up = [(n, a) for n, a, is_up, _ in interfaces if is_up]

@@ -51,6 +51,11 @@ def step(q, k, v, out, lse, spans, problem) -> None:
     )
 
 
+def merge_(out, lse, part_out, part_lse) -> None:
+    """Merge a part into the running (out, lse), in place; float32 all."""
+    step_torch.merge_(out, lse, part_out, part_lse)
+
+
 def merge(outs, lses):
     """Return (out, lse) of all parts together; out in outs' dtype, lse float32."""
     out, lse = reference.merge(outs, lses.float())

@@ -1,9 +1,25 @@
 """The history: which sequences there are, and where their positions lie."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from ringkern.errors import UnsupportedError, check
+import numpy as np
+
+from ringkern import shard
+from ringkern.errors import check
 from ringkern.plan import Plan
+from ringkern.types import Chunk
+
+
+@dataclass(slots=True)
+class _Record:
+    """One sequence: `held[rank]` are the chunks that the rank holds, by position."""
+
+    changed: int  # how many plans there were when it was last truncated, or begun
+    number: int  # never used again, so that caches tell a new sequence from a freed one
+    row: int  # of Placement._keys
+    length: int
+    held: list[tuple[Chunk, ...]]
 
 
 class Placement:
@@ -15,42 +31,238 @@ class Placement:
         placement = ringkern.Placement(world_size=4)
         plan = placement.prefill({"a": 5000, "b": 37})
         mine = plan.shard(tokens, rank)  # this rank's rows of [5037, ...]
+        plan = placement.decode(["a", "b"])  # one more token each
+
+    Of any sequence, any two ranks hold the same number of tokens, give or take one, over any mix of
+    prefills and decodes. After truncate(), which takes from where the last tokens lie, new tokens
+    go where there are fewest.
     """
 
     def __init__(self, world_size: int):
-        check(
-            isinstance(world_size, int) and world_size >= 1,
-            "world_size",
-            "an int of at least 1",
-            repr(world_size),
-        )
+        ok = isinstance(world_size, int) and world_size >= 1
+        check(ok, "world_size", "an int of at least 1", repr(world_size))
         self.world_size = world_size
-        self._lengths: dict[object, int] = {}
+        self._records: dict[object, _Record] = {}
+        self._numbers = 0
+        self._plans = 0
+        # Per sequence and rank: tokens held * world_size + the rank's turn among equals. The least
+        # key is where the next token goes.
+        self._keys = np.zeros((4, world_size), dtype=np.int64)
+        self._free_rows = list(range(len(self._keys)))[::-1]
+        self._watchers: list = []  # caches, told of fork, truncate and free
+
+    # ---- new tokens
 
     def prefill(self, lengths: Mapping[object, int]) -> Plan:
-        """Return the plan for new tokens of some sequences, sharded zigzag, each alone.
+        """Return the plan for new tokens of some sequences, on top of what they have.
+
+        Only the new tokens are sharded, zigzag, each sequence alone, wherever the cached ones lie.
 
         Args:
-            lengths: new tokens per sequence id, in packed order; any lengths above 0.
+            lengths: new tokens per sequence id, in packed order; any lengths above 0. An id that
+                is not known begins a sequence.
 
         Raises:
-            ArgumentError: no sequence, or a length that is not an int above 0.
-            UnsupportedError: a sequence has tokens already.
+            ArgumentError: no sequence, or a length that is not an int above 0. Nothing changed.
         """
+        ok = isinstance(lengths, Mapping)
+        check(ok, "lengths", "a dict of new tokens by sequence id", type(lengths).__name__)
         check(len(lengths) > 0, "lengths", "at least one sequence", "none")
         for sequence, length in lengths.items():
             ok = isinstance(length, int) and not isinstance(length, bool) and length > 0
             check(ok, f"length of {sequence!r}", "an int above 0", repr(length))
-            if sequence in self._lengths:
-                raise UnsupportedError(
-                    f"prefill of {sequence!r}: needs a persistent KV cache, which this version "
-                    f"does not have; the sequence holds {self._lengths[sequence]} tokens. "
-                    "Prefill it under a new id."
-                )
-        self._lengths.update(lengths)
-        return Plan(self.world_size, tuple(lengths.values()), "zigzag", tuple(lengths))
+        return self._extend(tuple(lengths), tuple(lengths.values()))
+
+    def decode(self, sequences: Sequence[object]) -> Plan:
+        """Return the plan for one new token of each sequence.
+
+        The rank that owns a sequence's new token rotates (paper.md, Algorithm 4), from where the
+        fewest other sequences are.
+
+        Raises:
+            ArgumentError: no sequence, one twice, or one that is not known. Nothing changed.
+        """
+        check(len(sequences) > 0, "sequences", "at least one sequence", "none")
+        check(len(set(sequences)) == len(sequences), "sequences", "each once", list(sequences))
+        for sequence in sequences:
+            self._record(sequence)
+        return self._extend(tuple(sequences), (1,) * len(sequences))
+
+    def _extend(self, sequences, lengths) -> Plan:
+        records = [self._records.get(sequence) or self._begin(sequence) for sequence in sequences]
+        rows = np.array([record.row for record in records])
+        starts = np.array([record.length for record in records], dtype=np.int64)
+        keys = self._keys[rows]
+        places = self._places(keys, starts, lengths)
+        self._plans += 1
+        plan = Plan(
+            self.world_size,
+            lengths,
+            "zigzag",
+            sequences,
+            starts,
+            places,
+            tuple(tuple(record.held) for record in records),
+            keys // self.world_size,
+            tuple(record.number for record in records),
+            self._plans,
+            self,
+        )
+        self._keys[rows] = keys + self.world_size * plan.counts(range(self.world_size))
+        for seq, (record, length) in enumerate(zip(records, lengths, strict=True)):
+            for rank, runs in _runs_of(seq, record.length, length, self.world_size, places[seq]):
+                record.held[rank] = _appended(record.held[rank], runs)
+            record.length += length
+            if length > 1 or record.length == 1:
+                self._deal(record)
+        return plan
+
+    def _deal(self, record) -> None:
+        """Choose the order in which the ranks get the sequence's next tokens, one each.
+
+        It begins where the fewest other sequences go next, so that a batch's new tokens spread over
+        the ranks; decoding keeps to it, so that a rank's tokens are world_size apart.
+        """
+        size = self.world_size
+        held = self._keys[record.row] // size
+        rows = [other.row for other in self._records.values() if other is not record]
+        next_ranks = self._keys[rows].argmin(axis=1) if rows else np.zeros(0, dtype=np.int64)
+        load = np.bincount(next_ranks, minlength=size)
+        start = int(np.where(held == held.min(), load, len(rows) + 1).argmin())
+        self._keys[record.row] = held * size + (np.arange(size) - start) % size
+
+    def _places(self, keys, starts, lengths):
+        """Return which share of each sequence is each rank's, int64 [sequences, ranks].
+
+        Shares that are one token longer go to the ranks that hold fewest. A new sequence is dealt
+        by rank number, as shard_sequence() does.
+        """
+        size = self.world_size
+        position = np.argsort(np.argsort(keys, axis=1), axis=1)  # 0: the rank that holds fewest
+        extra = (np.asarray(lengths) % (2 * size))[:, None]
+        # The longer shares are places 0 .. extra - 1, or, beyond world_size, those from
+        # 2 * world_size - extra on.
+        places = np.where(extra <= size, position, (position - extra) % size)
+        return np.where(starts[:, None] == 0, np.arange(size)[None, :], places)
+
+    # ---- changes to the history
 
     def length(self, sequence: object) -> int:
         """Return how many tokens the sequence has."""
-        check(sequence in self._lengths, "sequence", "an id that was prefilled", repr(sequence))
-        return self._lengths[sequence]
+        return self._record(sequence).length
+
+    def truncate(self, sequence: object, length: int) -> None:
+        """Forget the sequence's tokens from position `length` on: rejected drafts, retries."""
+        record = self._record(sequence)
+        ok = isinstance(length, int) and not isinstance(length, bool)
+        ok = ok and 0 <= length <= record.length
+        check(ok, "length", f"0 to {record.length}, what {sequence!r} has", repr(length))
+        record.length, record.changed = length, self._plans
+        for rank, chunks in enumerate(record.held):
+            kept = _truncated(chunks, length)
+            lost = sum(c.length for c in chunks) - sum(c.length for c in kept)
+            self._keys[record.row, rank] -= self.world_size * lost
+            record.held[rank] = kept
+        self._tell("truncated", record.number, record.held)
+
+    def fork(self, sequence: object, new: object) -> None:
+        """Begin sequence `new` with all tokens of `sequence`. Caches share the pages until one
+        of the two writes."""
+        record = self._record(sequence)
+        check(new not in self._records, "new", "an id that is not in use", repr(new))
+        copy = self._begin(new)
+        copy.length, copy.held = record.length, list(record.held)
+        self._keys[copy.row] = self._keys[record.row]
+        self._deal(copy)
+        self._tell("forked", record.number, copy.number)
+
+    def free(self, sequence: object) -> None:
+        """Forget the sequence."""
+        record = self._record(sequence)
+        del self._records[sequence]
+        self._free_rows.append(record.row)
+        self._tell("freed", record.number)
+
+    # ---- for caches
+
+    def number(self, sequence: object) -> int:
+        """Return what tells this sequence from others that had its id before."""
+        return self._record(sequence).number
+
+    def is_current(self, sequence: object, number: int, serial: int) -> bool:
+        """Return whether the sequence lives and was not truncated since plan `serial`."""
+        record = self._records.get(sequence)
+        return record is not None and record.number == number and record.changed < serial
+
+    def watch(self, cache) -> None:
+        """Tell the cache of every later fork, truncate and free."""
+        self._watchers.append(cache)
+
+    def unwatch(self, cache) -> None:
+        self._watchers = [other for other in self._watchers if other is not cache]
+
+    def _tell(self, event: str, *what) -> None:
+        for cache in self._watchers:
+            getattr(cache, event)(*what)
+
+    def _record(self, sequence) -> _Record:
+        check(
+            sequence in self._records,
+            "sequence",
+            "an id that was prefilled and not freed",
+            repr(sequence),
+        )
+        return self._records[sequence]
+
+    def _begin(self, sequence) -> _Record:
+        if not self._free_rows:
+            self._free_rows = list(range(len(self._keys), 2 * len(self._keys)))[::-1]
+            self._keys = np.concatenate([self._keys, np.zeros_like(self._keys)])
+        row, number = self._free_rows.pop(), self._numbers
+        self._numbers += 1
+        self._keys[row] = np.arange(self.world_size)
+        record = _Record(self._plans, number, row, 0, [()] * self.world_size)
+        self._records[sequence] = record
+        return record
+
+
+def _runs_of(seq, start, length, world_size, places):
+    """Yield (rank, chunks) of the new tokens of one sequence, for the ranks that get any."""
+    if length == 1:
+        yield int(np.flatnonzero(places == 0)[0]), (Chunk(start, 1),)
+        return
+    for rank in range(world_size):
+        table = shard.runs("zigzag", (length,), world_size, places[rank])
+        if len(table):
+            yield rank, tuple(Chunk(start + first, n) for first, n in table[:, 2:4].tolist())
+
+
+def _appended(held: tuple[Chunk, ...], new: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
+    """Return held + new, with runs that continue each other joined.
+
+    Decoded tokens of one rank are world_size apart: one run, however many they are.
+    """
+    chunks = list(held)
+    for start, length, stride in new:
+        if chunks:
+            last = chunks[-1]
+            gap = start - (last.start + (last.length - 1) * last.stride)
+            joins = gap == last.stride and (length == 1 or stride == last.stride)
+            if last.length == 1 and length == 1:
+                chunks[-1] = Chunk(last.start, 2, gap)
+                continue
+            if joins:
+                chunks[-1] = Chunk(last.start, last.length + length, last.stride)
+                continue
+        chunks.append(Chunk(start, length, stride))
+    return tuple(chunks)
+
+
+def _truncated(chunks: tuple[Chunk, ...], length: int) -> tuple[Chunk, ...]:
+    """Return what lies before position `length`."""
+    kept = []
+    for chunk in chunks:
+        count = min(chunk.length, max(0, -((chunk.start - length) // chunk.stride)))
+        if count:
+            kept.append(Chunk(chunk.start, count, chunk.stride if count > 1 else 1))
+    return tuple(kept)

@@ -106,7 +106,7 @@ def _check_tensors(q, k, v, sinks, device):
             list(sinks.shape),
         )
         check(sinks.device == q.device, "sinks", f"a tensor on {q.device}", sinks.device)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
         raise UnsupportedError(
             "gradients: ringkern is for inference and has no backward. Call it under "
             "torch.inference_mode() or torch.no_grad(), or pass x.detach()."

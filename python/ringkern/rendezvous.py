@@ -21,33 +21,35 @@ from ringkern.errors import (
 )
 
 RECORD_BYTES = 1024
-_ring_numbers = itertools.count()  # rings of one job, told apart by the order of their making
 
 
 class GroupRendezvous:
     """Ranks of a torch.distributed process group."""
 
-    def __init__(self, group):
+    def __init__(self, group, timeout_s: float):
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self._group = group
+        self._group, self._timeout_s = group, timeout_s
 
     def all_gather(self, record: dict) -> list[dict]:
         """Return every rank's record."""
         device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
         mine = torch.frombuffer(bytearray(_pack(record)), dtype=torch.uint8).to(device)
         theirs = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(theirs, mine, group=self._group)
+        doing = f"rank {self.rank} of {self.world_size}: meeting the ranks of the process group"
+        with _NamedErrors(f"{doing} (timeout {self._timeout_s:g} s)"):
+            work = dist.all_gather(theirs, mine, group=self._group, async_op=True)
+            work.wait(datetime.timedelta(seconds=self._timeout_s))
         return [_unpack(x.cpu().numpy().tobytes(), r) for r, x in enumerate(theirs)]
 
 
 class StoreRendezvous:
     """Ranks of torchrun's environment. Joins torchrun's store, or rank 0 serves one."""
 
-    def __init__(self, timeout_s: float):
+    def __init__(self, timeout_s: float, number: int):
         self.rank, self.world_size, self._host, self._port = env.torchrun()
         self._timeout_s = timeout_s
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._prefix = f"ringkern/{restart}/{next(_ring_numbers)}"
+        self._prefix = f"ringkern/{restart}/{number}"
         self._rounds = itertools.count()
         served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         with self._named_errors("joining"):
@@ -107,10 +109,13 @@ class _NamedErrors:
         ) from error
 
 
-def meet(group, timeout_s: float):
-    """Return the rendezvous of a process group, a 1-D DeviceMesh, or torchrun's environment."""
+def meet(group, timeout_s: float, number: int):
+    """Return the rendezvous of a process group, a 1-D DeviceMesh, or torchrun's environment.
+
+    number: which ring of this process it is; rings of a job are told apart by it.
+    """
     if group is None and not (dist.is_available() and dist.is_initialized()):
-        return StoreRendezvous(timeout_s)
+        return StoreRendezvous(timeout_s, number)
     if hasattr(group, "get_group") and hasattr(group, "ndim"):  # a DeviceMesh
         hint = 'Take one dimension: mesh["cp"].'
         check(group.ndim == 1, "group", "a 1-D DeviceMesh", f"{group.ndim} dimensions", hint)
@@ -120,7 +125,7 @@ def meet(group, timeout_s: float):
     ok = group is None or isinstance(group, dist.ProcessGroup)
     want = "a ProcessGroup, a 1-D DeviceMesh, a LocalGroup's member or None"
     check(ok, "group", want, type(group).__name__)
-    return GroupRendezvous(group)
+    return GroupRendezvous(group, timeout_s)
 
 
 def _pack(record: dict) -> bytes:

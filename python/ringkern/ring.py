@@ -1,20 +1,22 @@
 """The ring: runs the steps of a schedule. The only module that sees kernels and transport both."""
 
-import json
-from dataclasses import asdict
+import contextlib
 
 import torch
 
-from ringkern import env, local
-from ringkern.errors import ArgumentError, RingkernError, UnsupportedError, check
+from ringkern import calibrate, env, local
+from ringkern.agreement import RECORD_BYTES, agree
+from ringkern.blocks import Blocks, Pool
+from ringkern.cache import KVCache
+from ringkern.cost import Choice, choose
+from ringkern.errors import TransportError, UnsupportedError, check
 from ringkern.plan import Plan
 from ringkern.problem import check_dims, make_problem
-from ringkern.schedule import make_schedule
+from ringkern.schedule import check_method, make_schedule
 from ringkern.stats import Stats
-from ringkern.types import Problem
+from ringkern.types import Hardware, Problem
 
-METHODS = ("auto", "pass_kv", "pass_q", "gather_kv", "gather_q")
-RECORD_BYTES = 2048  # of a rank's arguments, as RINGKERN_CHECK compares them
+PART_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Ring:
@@ -29,13 +31,13 @@ class Ring:
         transport: "tcp" or "local".
     """
 
-    def __init__(self, transport, device: torch.device):
-        self._link = transport
+    def __init__(self, transport, device: torch.device, hardware: Hardware | None = None):
+        self._link, self._hardware = transport, hardware
         self.rank, self.world_size = transport.rank, transport.world_size
         self.device, self.transport = device, transport.name
         self._stats = Stats()
-        self._wires: dict[torch.dtype, list[torch.Tensor]] = {}
-        self._check = env.flag("RINGKERN_CHECK")
+        self._pool = Pool()
+        self.compares_arguments = env.flag("RINGKERN_CHECK")
         self._closed = False
 
     @property
@@ -45,8 +47,6 @@ class Ring:
 
     def __repr__(self):
         return f"<ringkern.Ring rank {self.rank} of {self.world_size}, {self.transport}>"
-
-    # ---- attention
 
     def attn(
         self,
@@ -66,7 +66,7 @@ class Ring:
         partial_dtype: torch.dtype | None = None,
         return_lse: bool = False,
     ):
-        """Return attention of this rank's queries to the keys of every rank.
+        """Return attention of this rank's new queries to the keys of every rank.
 
         Exact: the same as attention over the whole batch on one device, up to rounding. Every rank
         must call it.
@@ -76,10 +76,13 @@ class Ring:
                 plan.shard() cuts them; n_local may be 0.
             k: [n_local, nheads_k, headdim], nheads % nheads_k == 0.
             v: [n_local, nheads_k, headdim_v].
-            plan: what placement.prefill() returned, the same on every rank.
-            cache, layer, partial_dtype: for persistent KV and methods that this version does not
-                have; must be left out.
-            method: "auto" or "pass_kv": K and V go round the ring, world_size - 1 steps.
+            plan: what placement.prefill() or decode() returned, the same on every rank.
+            cache: where the K and V of the plan's sequences lie; the new tokens' are stored there.
+                None: the plan must be a full prefill.
+            layer: which layer of the cache.
+            method: "pass_kv", "pass_q", "gather_kv", "gather_q", or "auto": what choose() says.
+            partial_dtype: of the outputs that travel, by pass_q and gather_q: float32 (None), or
+                bfloat16 or float16, which halves them and rounds them once.
             causal: a query sees the keys at its position and before, in its own sequence.
             softmax_scale: None means headdim ** -0.5.
             window_size: (left, right): how many positions before and after a query it sees; -1
@@ -95,7 +98,8 @@ class Ring:
                 sees no key.
 
         Raises:
-            ArgumentError: shapes, dtypes or the plan do not fit; nothing was sent.
+            ArgumentError: shapes, dtypes, the plan or the cache do not fit, or pages run out;
+                nothing was stored or sent.
             UnsupportedError: this version cannot do it; nothing was sent.
             TransportError: a rank is gone or late; the error names it.
         """
@@ -104,80 +108,179 @@ class Ring:
         )
 
         def accept():
-            check(isinstance(plan, Plan), "plan", "a Plan", type(plan).__name__)
-            check(
-                plan.world_size == self.world_size,
-                "plan",
-                f"world_size {self.world_size}, as the ring",
-                plan.world_size,
-            )
-            check_method(method, cache, layer, partial_dtype)
+            self._check_plan(plan)
+            check_method(method)
+            check(partial_dtype in PART_DTYPES, "partial_dtype", PART_DTYPES, partial_dtype)
             check_dims(q, k, v, 3, "packed, [n_local, heads, headdim]")
             problem = make_problem(q, k, v, **asked, sinks=sinks, device=self.device)
             want = f"{plan.num_tokens(self.rank)} rows, rank {self.rank}'s share of the plan"
             for name, x in (("q", q), ("k", k)):
                 check(len(x) == plan.num_tokens(self.rank), name, want, tuple(x.shape))
+            if cache is None:
+                check(
+                    not plan.has_history,
+                    "cache",
+                    "one, as the plan is on top of cached tokens",
+                    "None",
+                )
+                check(layer == 0, "layer", "0 without a cache", repr(layer))
+            else:
+                check(
+                    isinstance(cache, KVCache), "cache", "a KVCache or None", type(cache).__name__
+                )
+                cache.check_call(self, plan, layer, problem)
             return problem
 
-        problem = self.agree(accept, plan)
-        out, lse = self.run(q[None], k[None], v[None], plan, problem, sinks)
+        problem = agree(
+            self,
+            accept,
+            plan=plan,
+            method=method,
+            sinks=sinks,
+            layer=layer,
+            partial_dtype=partial_dtype,
+        )
+        out, lse = self.run(
+            q[None],
+            k[None],
+            v[None],
+            plan,
+            problem,
+            method=method,
+            sinks=sinks,
+            cache=cache,
+            layer=layer,
+            partial_dtype=partial_dtype,
+        )
         return (out[0], lse[0]) if return_lse else out[0]
 
-    def run(self, q, k, v, plan: Plan, problem: Problem, sinks=None):
+    def run(
+        self,
+        q,
+        k,
+        v,
+        plan,
+        problem,
+        *,
+        method="auto",
+        sinks=None,
+        cache=None,
+        layer=0,
+        partial_dtype=None,
+    ):
         """Return (out, lse) for checked arguments, dense: [batch, n_local, heads, headdim].
 
-        The loop of pass-KV: post the exchange, attend with what is at hand, wait, swap. Merging is
-        part of attending: local.step() adds to the running state.
+        One loop for every method, as the schedule says: post the messages, attend with what is at
+        hand, wait, merge the parts that have come, drop what is not needed any more.
         """
-        schedule = make_schedule(plan, self.rank, problem.causal, problem.window_size)
-        stats, prev_rank, next_rank = self._stats, *self._neighbours()
-        out, lse = local.make_state(q, problem.headdim_v, sinks)
-        kv, spare = self._load_wire(k, v, plan, problem)
-        for step in schedule:
-            send = _rows(kv, step.send_tokens, problem)
-            recv = _rows(spare, step.recv_tokens, problem)
-            ticket = self._post(send, next_rank, recv, prev_rank)
-            if len(step.spans):
-                with stats.timed("attend", step.index):
-                    here = (k, v) if step.index == 0 else _split(kv, plan, step.kv_rank, problem)
-                    local.step(q, *here, out, lse, step.spans, problem)
-            if ticket:
-                with stats.timed("wait", step.index):
-                    times = ticket.wait()
-                stats.add("exchange", step.index, *times, nbytes=_nbytes(send))
-                kv, spare = spare, kv
-            stats.bytes_planned += step.send_tokens * bytes_per_token(problem)
-            stats.steps += 1
-        stats.calls += 1
+        if method == "auto":
+            method = self._choose(plan, problem).method
+        own = cache.write(plan, layer, k, v) if cache else (k, v)
+        schedule = self._schedule(plan, method, problem, cache)
+        blocks = Blocks(self._pool, plan, problem, self.rank, q, partial_dtype)
+        if any(
+            move.kind == "kv" for step in schedule for move in step.sends if move.rank == self.rank
+        ):
+            self._load(blocks.load_kv(), plan, k, v, cache, layer)
+        state = local.make_state(q, problem.headdim_v, sinks)
+        with self._aborting():
+            for step in schedule:
+                self._run_step(step, blocks, state, own, problem)
+        self._stats.calls += 1
+        out, lse = state
         return out.to(q.dtype), lse
 
-    def agree(self, accept, plan: Plan | None) -> Problem:
-        """Return accept()'s Problem after checking it against the plan and this ring.
+    def _run_step(self, step, blocks, state, own, problem):
+        ticket = self._post(step, blocks)
+        for work in step.work:
+            with self._stats.timed("attend", step.index):
+                k, v = own if work.kv_rank == self.rank else blocks.kv(work.kv_rank)
+                mine = work.q_rank == self.rank
+                out, lse = state if mine else blocks.make_part(work.q_rank)
+                local.step(blocks.q(work.q_rank), k, v, out, lse, work.spans, problem)
+        self._wait(ticket, step, blocks)
+        for move in step.recvs:
+            if move.kind == "part":
+                with self._stats.timed("merge", step.index):
+                    local.merge_(*state, *blocks.arrived(move))
+                blocks.drop("arrived", move.peer)
+        for kind, rank in step.drops:
+            blocks.drop(kind, rank)
 
-        With RINGKERN_CHECK=1 the ranks first compare what they were asked, so that a call that one
-        rank refuses, or that differs between ranks, is an ArgumentError on every rank.
+    @contextlib.contextmanager
+    def _aborting(self):
+        """Fail the ring on every rank where a call ends between a post and its wait.
+
+        By Ctrl-C, say: the ranks would be one exchange apart, and buffers still under way.
         """
-        if not self._check:
-            return self._accept(accept)
         try:
-            problem, refused = self._accept(accept), None
-            mine = {**asdict(problem), "plan": repr(plan)}
-            mine["plan"] = mine["plan"][: RECORD_BYTES // 2]
-        except RingkernError as error:
-            mine, refused = {"refused": str(error)[: RECORD_BYTES // 2]}, error
-        records = [json.loads(x) for x in self.gather_bytes(json.dumps(mine).encode())]
-        if refused:
-            raise refused
-        for rank, record in enumerate(records):
-            if "refused" in record:
-                raise ArgumentError(f"rank {rank} refused the call: {record['refused']}")
-        _check_same(records)
-        return problem
+            yield
+        except BaseException as error:
+            if not isinstance(error, TransportError):
+                self._link.abort(f"a call ended with {type(error).__name__}: {error}")
+            raise
 
-    def _accept(self, accept):
+    def choose(
+        self,
+        plan: Plan,
+        *,
+        nheads: int,
+        nheads_k: int,
+        headdim: int,
+        dtype,
+        headdim_v: int | None = None,
+        causal: bool = True,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Choice:
+        """Return what method="auto" does for such a call: .method, .reason, .predicted_us.
+
+        The same on every rank. Without a profile, the first choice of a ring measures it, for which
+        every rank must call.
+        """
+        problem = Problem(
+            1,
+            nheads,
+            nheads_k,
+            headdim,
+            headdim_v or headdim,
+            str(dtype).removeprefix("torch."),
+            causal,
+            headdim**-0.5,
+            tuple(window_size),
+            0.0,
+        )
+        return self._choose(plan, problem)
+
+    def _choose(self, plan, problem):
+        key = "choice", problem
+        if key not in plan.memo:
+            if self._hardware is None and self.world_size > 1:
+                self._hardware = calibrate.probe(self)
+            plan.memo[key] = choose(plan, problem, self._hardware)
+        return plan.memo[key]
+
+    @property
+    def hardware(self) -> Hardware | None:
+        """The ring's profile; None until one was given or measured."""
+        return self._hardware
+
+    def _schedule(self, plan, method, problem, cache):
+        key = "schedule", self.rank, method, problem.causal, problem.window_size, id(cache)
+        if key not in plan.memo:
+            own = cache.runs(plan) if cache else None
+            mask = problem.causal, problem.window_size
+            plan.memo[key] = make_schedule(plan, self.rank, method, *mask, own)
+        return plan.memo[key]
+
+    def check_open(self) -> None:
+        """Raise unless calls can be made."""
         check(not self._closed, "ring", "an open ring", "a closed one", "Make a new ring.")
         local.pick_backend("auto", self.device)
-        return accept()
+
+    def _check_plan(self, plan) -> None:
+        check(isinstance(plan, Plan), "plan", "a Plan", type(plan).__name__)
+        want = f"world_size {self.world_size}, as the ring"
+        check(plan.world_size == self.world_size, "plan", want, plan.world_size)
 
     # ---- data from every rank
 
@@ -191,15 +294,13 @@ class Ring:
         Returns:
             [total_new, ...], like x_local.
         """
-        check(
-            plan.world_size == self.world_size,
-            "plan",
-            f"world_size {self.world_size}",
-            plan.world_size,
-        )
-        check(
-            isinstance(x_local, torch.Tensor), "x_local", "a torch.Tensor", type(x_local).__name__
-        )
+        self._check_plan(plan)
+        ok = isinstance(x_local, torch.Tensor)
+        check(ok, "x_local", "a torch.Tensor", type(x_local).__name__)
+        where = x_local.device
+        check(where.type == self.device.type, "x_local", f"a tensor on {self.device}", where)
+        if torch.is_grad_enabled() and x_local.requires_grad:
+            raise UnsupportedError("gradients: unshard() has no backward. Pass x_local.detach().")
         want = plan.num_tokens(self.rank)
         check(
             x_local.dim() > 0 and len(x_local) == want,
@@ -229,15 +330,19 @@ class Ring:
         """Return when every rank has come here."""
         self.gather_int(0)
 
+    def exchange(self, sends, recvs) -> None:
+        """Exchange raw messages, lists of (peer, contiguous tensor), and wait for them."""
+        self.check_open()
+        self._link.exchange(sends, recvs).wait()
+
     def _gather(self, mine, shapes):
         """Return every rank's tensor, by one exchange with all of them at once."""
-        check(not self._closed, "ring", "an open ring", "a closed one", "Make a new ring.")
         parts = [mine if r == self.rank else mine.new_empty(s) for r, s in enumerate(shapes)]
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         sends = [(rank, mine) for rank in others if mine.numel()]
         recvs = [(rank, parts[rank]) for rank in others if parts[rank].numel()]
         if sends or recvs:
-            self._link.exchange(sends, recvs).wait()
+            self.exchange(sends, recvs)
         return parts
 
     # ---- life
@@ -257,7 +362,7 @@ class Ring:
         """Leave the ring. Safe to call again; never hangs."""
         if not self._closed:
             self._closed = True
-            self._wires.clear()
+            self._pool.clear()
             self._link.close()
 
     def __enter__(self):
@@ -268,80 +373,27 @@ class Ring:
             self._link.abort(f"rank {self.rank} left the ring with {kind.__name__}: {error}")
         self.close()
 
-    # ---- wires
+    # ---- messages
 
-    def _neighbours(self):
-        return (self.rank - 1) % self.world_size, (self.rank + 1) % self.world_size
+    def _load(self, wire, plan, k, v, cache, layer):
+        """Fill the wire with this rank's K and V, cached ones first."""
+        if cache:
+            return cache.gather(plan, layer, *wire)
+        for room, x in zip(wire, (k, v), strict=True):
+            room.copy_(x)
 
-    def _post(self, send, next_rank, recv, prev_rank):
-        """Post what this step sends and receives; None where both are empty."""
-        sends = [(next_rank, send)] if send.numel() else []
-        recvs = [(prev_rank, recv)] if recv.numel() else []
-        if not (sends or recvs):
-            return None
-        self._stats.bytes_sent += _nbytes(send)
-        return self._link.exchange(sends, recvs)
+    def _post(self, step, blocks):
+        """Post what this step sends and receives; None where there is nothing."""
+        sends = [(move.peer, blocks.outgoing(move)) for move in step.sends]
+        recvs = [(move.peer, blocks.incoming(move)) for move in step.recvs]
+        self._stats.steps += 1
+        self._stats.bytes_sent += sum(x.numel() for _, x in sends)
+        self._stats.bytes_planned += sum(blocks.nbytes(m.kind, m.tokens) for m in step.sends)
+        return self._link.exchange(sends, recvs) if sends or recvs else None
 
-    def _load_wire(self, k, v, plan: Plan, problem: Problem):
-        """Return two wire buffers, the first with this rank's K and V. Kept from call to call."""
-        if self.world_size == 1:
-            return k.new_empty(0), k.new_empty(0)
-        largest = max(plan.num_tokens(rank) for rank in range(self.world_size))
-        need = largest * bytes_per_token(problem) // k.element_size()
-        wires = self._wires.get(k.dtype)
-        if wires is None or wires[0].numel() < need:
-            self._wires[k.dtype] = wires = None  # free the small ones first
-            self._wires[k.dtype] = wires = [k.new_empty(need) for _ in range(2)]
-        for wire, x in zip(_split(wires[0], plan, self.rank, problem), (k, v), strict=True):
-            wire.copy_(x)
-        return wires
-
-
-def check_method(method: str, cache=None, layer: int = 0, partial_dtype=None) -> None:
-    """Raise unless this version can do it."""
-    check(method in METHODS, "method", f"one of {', '.join(METHODS)}", repr(method))
-    if method not in ("auto", "pass_kv"):
-        raise UnsupportedError(f'method {method!r}: this version has "pass_kv" only. Use "auto".')
-    for name, value, default in (
-        ("cache", cache, None),
-        ("layer", layer, 0),
-        ("partial_dtype", partial_dtype, None),
-    ):
-        if value != default:
-            raise UnsupportedError(
-                f"{name}: needs a persistent KV cache or travelling partials, which this version "
-                f"does not have. Leave it out."
-            )
-
-
-def bytes_per_token(problem: Problem) -> int:
-    """Return how many bytes the K and V of one position take on the wire, whole batch."""
-    itemsize = 4 if problem.dtype == "float32" else 2
-    return problem.batch * problem.nheads_k * (problem.headdim + problem.headdim_v) * itemsize
-
-
-def _split(wire, plan: Plan, rank: int, problem: Problem):
-    """Return K and V of a rank, [batch, n, nheads_k, headdim(_v)], as views of a wire buffer."""
-    rows = problem.batch * plan.num_tokens(rank) * problem.nheads_k
-    shape = (problem.batch, plan.num_tokens(rank), problem.nheads_k)
-    k_size, v_size = rows * problem.headdim, rows * problem.headdim_v
-    k, v = wire[:k_size], wire[k_size : k_size + v_size]
-    return k.view(*shape, problem.headdim), v.view(*shape, problem.headdim_v)
-
-
-def _rows(wire, tokens: int, problem: Problem):
-    return wire[: tokens * problem.batch * problem.nheads_k * (problem.headdim + problem.headdim_v)]
-
-
-def _nbytes(x) -> int:
-    return x.numel() * x.element_size()
-
-
-def _check_same(records: list[dict]) -> None:
-    for key in records[0]:
-        values: dict = {}
-        for rank, record in enumerate(records):
-            values.setdefault(json.dumps(record[key]), []).append(rank)
-        told = "; ".join(f"{value}: ranks {ranks}" for value, ranks in values.items())
-        if len(values) > 1:
-            raise ArgumentError(f"{key} differs between ranks: {told}. Call all ranks alike.")
+    def _wait(self, ticket, step, blocks):
+        if ticket:
+            with self._stats.timed("wait", step.index):
+                times = ticket.wait()
+            nbytes = sum(blocks.nbytes(move.kind, move.tokens) for move in step.sends)
+            self._stats.add("exchange", step.index, *times, nbytes=nbytes)

@@ -16,39 +16,56 @@ def check_layout(layout: str) -> None:
     check(layout in LAYOUTS, "layout", f"one of {', '.join(LAYOUTS)}", repr(layout))
 
 
-def runs(layout: str, lengths: tuple[int, ...], world_size: int, rank: int) -> np.ndarray:
-    """Return the runs that a rank holds of a packed batch, int64 [n, 5], columns as in Run.
+def runs(layout: str, lengths, world_size: int, place) -> np.ndarray:
+    """Return the runs that one rank holds of a packed batch, int64 [n, 5], columns as in Run.
 
-    Each sequence is sharded alone. Where a length does not divide, the first chunks are one
-    position longer, so any two ranks differ by at most one token per sequence. Runs come in packed
-    order: by sequence, then by position. Empty runs are left out.
+    Each sequence is sharded alone. Where a length does not divide, some ranks hold one position
+    more, so any two differ by at most one token per sequence. Runs come in packed order: by
+    sequence, then by position. Empty runs are left out.
+
+    Args:
+        lengths: positions per sequence, [sequences].
+        place: which share of a sequence is this rank's, 0 .. world_size - 1: an int, or one for
+            each sequence. Where nothing else is said, a rank's place is its number.
     """
     lengths = np.asarray(lengths, dtype=np.int64)[:, None]  # [sequences, 1]
+    place = np.broadcast_to(np.asarray(place, dtype=np.int64).reshape(-1, 1), lengths.shape)
+    stride = 1
     if layout == "striped":
-        start = np.full_like(lengths, rank)
-        length = (lengths - rank + world_size - 1) // world_size
-        stride = world_size
+        start, stride = place, world_size
+        length = (lengths - place + world_size - 1) // world_size
+    elif layout == "contiguous":
+        start, length = _chunk(lengths, world_size, place)
     else:
-        last = 2 * world_size - 1
-        count, mine = (
-            (world_size, [rank]) if layout == "contiguous" else (last + 1, [rank, last - rank])
-        )
-        index = np.array(mine, dtype=np.int64)[None, :]  # [1, chunks per rank]
-        base, extra = lengths // count, lengths % count
-        start = index * base + np.minimum(index, extra)
-        length = base + (index < extra)
-        stride = 1
+        both = np.concatenate([place, 2 * world_size - 1 - place], axis=1)
+        start, length = _chunk(lengths, 2 * world_size, both)
+        # The last place's two chunks are neighbours: one run.
+        last = place[:, 0] == world_size - 1
+        length[last, 0] += length[last, 1]
+        length[last, 1] = 0
     table = np.empty((*length.shape, 5), dtype=np.int64)
     table[..., 0] = np.arange(len(lengths))[:, None]
     table[..., 2] = start
     table[..., 3] = length
     table[..., 4] = stride
-    if layout == "zigzag" and rank == world_size - 1:  # its two chunks are neighbours: one run
-        table = table[:, :1]
-        table[..., 3] = length.sum(axis=1, keepdims=True)
     table = table[table[..., 3] > 0]
     table[:, 1] = np.cumsum(table[:, 3]) - table[:, 3]
     return table
+
+
+def _chunk(lengths, count: int, index):
+    """Return (start, length) of chunk `index` of `count`; the first ones take what is left over."""
+    base, extra = lengths // count, lengths % count
+    return index * base + np.minimum(index, extra), base + (index < extra)
+
+
+def counts(layout: str, lengths, world_size: int, place) -> np.ndarray:
+    """Return how many positions of each sequence are at a place; [sequences, 1] or more places."""
+    lengths = np.asarray(lengths, dtype=np.int64)[:, None]
+    if layout != "zigzag":  # one chunk each, or one stripe: the first places take what is left over
+        return _chunk(lengths, world_size, place)[1]
+    late = 2 * world_size - 1 - place
+    return _chunk(lengths, 2 * world_size, place)[1] + _chunk(lengths, 2 * world_size, late)[1]
 
 
 def chunks(layout: str, seqlen: int, world_size: int, rank: int) -> tuple[Chunk, ...]:

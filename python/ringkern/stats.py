@@ -23,7 +23,7 @@ class Stats:
 
     def __init__(self):
         self.calls = self.steps = self.bytes_planned = self.bytes_sent = 0
-        self.time_ns = collections.Counter(attend=0, exchange=0, wait=0)
+        self.time_ns = collections.Counter(attend=0, exchange=0, wait=0, merge=0)
         self.events = collections.deque(maxlen=self.KEPT)
 
     def add(self, name: str, step: int, start_ns: int, end_ns: int, nbytes: int = 0) -> None:

@@ -3,6 +3,7 @@
 import atexit
 import hashlib
 import hmac
+import itertools
 import os
 import weakref
 
@@ -41,7 +42,7 @@ class TcpTransport:
 
     name = "tcp"
 
-    def __init__(self, group, timeout_s: float, secret: bytes | str | None):
+    def __init__(self, group, timeout_s: float, secret: bytes | str | None, number: int):
         from ringkern import _C  # here, so that planning and attn_func need no extension
 
         secret = env.secret(secret)
@@ -51,7 +52,9 @@ class TcpTransport:
             "own_secret": secret is not None,
             "RINGKERN_CHECK": env.flag("RINGKERN_CHECK"),
         }
-        self._meeting = meeting = meet(group, timeout_s)  # rank 0 may serve the store: keep it
+        self._meeting = meeting = meet(
+            group, timeout_s, number
+        )  # rank 0 may serve the store: keep it
         self.rank, self.world_size = meeting.rank, meeting.world_size
         mine = {"rank": self.rank, "host": hashlib.sha256(env.host_id().encode()).hexdigest()}
         mine |= alike
@@ -64,7 +67,8 @@ class TcpTransport:
         ring_id = bytes.fromhex(facts[0]["ring_id"])
         secret = bytes.fromhex(facts[0]["secret"]) if secret is None else secret
 
-        host = env.listen_host(_C.interfaces(), len({fact["host"] for fact in facts}) == 1)
+        one_host = len({fact["host"] for fact in facts}) == 1
+        host = env.listen_host(_C.interfaces(), one_host)
         listener = _C.Listener(host)
         tag = hmac.new(secret, b"ringkern rendezvous" + ring_id, "sha256").hexdigest()
         where = meeting.all_gather({"address": listener.address, "tag": tag})
@@ -75,6 +79,14 @@ class TcpTransport:
                 "Give all ranks one secret, RINGKERN_SECRET or RINGKERN_SECRET_FILE."
             )
         self.addresses = [record["address"] for record in where]
+        inside = [r for r, address in enumerate(self.addresses) if env.is_loopback(address)]
+        check(
+            one_host or not inside,
+            "RINGKERN_HOST",
+            "addresses that the other hosts can reach",
+            f"loopback addresses on ranks {inside}",
+            "MASTER_ADDR means loopback there: set RINGKERN_HOST or RINGKERN_IFNAME.",
+        )
         self._core = _C.Tcp(
             listener, self.rank, self.addresses, ring_id, secret, float(timeout_s), **options
         )
@@ -114,6 +126,7 @@ class TcpTransport:
 
 
 _open: weakref.WeakSet = weakref.WeakSet()
+_numbers = itertools.count()
 
 
 @atexit.register
@@ -124,12 +137,14 @@ def _close_all():
 
 def open_transport(group, transport: str, device, timeout_s: float, secret):
     """Return the transport that the arguments of init_ring() name, and its device."""
+    number = next(_numbers)  # before any check: one rank's refusal must not shift its later rings
     names = ("auto", "tcp", "nccl", "local")
     check(transport in names, "transport", f"one of {', '.join(names)}", repr(transport))
-    check(timeout_s > 0, "timeout_s", "more than 0", timeout_s)
+    ok = isinstance(timeout_s, (int, float)) and 0 < timeout_s <= 1e6
+    check(ok, "timeout_s", "seconds, more than 0 and at most 1e6", repr(timeout_s))
     try:
         device = torch.device("cpu" if device is None else device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"device: want a torch device, got {device!r}: {error}") from error
     if transport == "nccl" or device.type != "cpu":
         raise UnsupportedError(
@@ -140,7 +155,7 @@ def open_transport(group, transport: str, device, timeout_s: float, secret):
         check(transport in ("local", "auto"), "transport", '"local" with a LocalGroup', transport)
         check(secret is None, "secret", 'None with transport="local"', "a secret")
         return LocalTransport(group, timeout_s), device
-    return TcpTransport(group, timeout_s, secret), device
+    return TcpTransport(group, timeout_s, secret, number), device
 
 
 def _check_alike(facts: list[dict], keys) -> None:

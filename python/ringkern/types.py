@@ -31,9 +31,10 @@ class Run(NamedTuple):
 class Span(NamedTuple):
     """Query rows [q0, q1) against key rows [k0, k1), all of one sequence.
 
-    Query row q0 + i sees key row k0 + j iff lo <= j - i <= hi. Causality, windows, offsets and
-    strides all come down to these two numbers. They are clipped to what the rows can reach, so a
-    span is full, every pair visible, iff lo == 1 - (q1 - q0) and hi == k1 - k0 - 1.
+    Query row q0 + i sees key row k0 + j iff lo <= j * k_stride - i * q_stride <= hi. Causality,
+    windows, offsets and strides all come down to these numbers. Where both sides have the same
+    stride it is divided out, and both are 1. lo and hi are clipped to what the rows can reach, so
+    a span is full, every pair visible, iff lo == 1 - (q1 - q0) and hi == k1 - k0 - 1.
     """
 
     q0: int
@@ -42,17 +43,41 @@ class Span(NamedTuple):
     k1: int
     lo: int
     hi: int
+    q_stride: int = 1
+    k_stride: int = 1
+
+
+class Move(NamedTuple):
+    """One message of a step, to or from a peer."""
+
+    peer: int
+    kind: (
+        str  # "kv": K and V; "q": queries; "part": (out, lse) of queries against the sender's keys
+    )
+    rank: int  # whose K and V, or whose queries
+    tokens: int
+
+
+class Work(NamedTuple):
+    """One local computation: queries of one rank against K and V of one rank."""
+
+    q_rank: int
+    kv_rank: int
+    spans: np.ndarray  # [n, 8], columns as in Span
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Step:
-    """What one rank does while the K and V of one rank are at hand."""
+    """What one rank does between two waits: post the messages, work under them, wait.
 
-    index: int  # 0 .. world_size - 1
-    kv_rank: int  # whose K and V these are
-    spans: np.ndarray  # [n, 6], columns as in Span; empty where the mask hides everything
-    send_tokens: int  # of kv_rank's tokens, passed on to the next rank; all or none
-    recv_tokens: int  # that arrive from the previous rank for the next step
+    Parts that have arrived are merged then; `drops` names the blocks not needed after this step.
+    """
+
+    index: int
+    sends: tuple[Move, ...]
+    recvs: tuple[Move, ...]
+    work: tuple[Work, ...]
+    drops: tuple[tuple[str, int], ...]  # (kind, rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +94,17 @@ class Problem:
     softmax_scale: float
     window_size: tuple[int, int]
     softcap: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """A ring's profile: what `ringkern calibrate` measures, and what predictions are made from.
+
+    Per rank, with all ranks busy.
+    """
+
+    attend_tflops: tuple[tuple[int, float], ...]  # (query rows, 1e12 FLOP/s) of spans, ascending
+    span_us: float  # fixed cost of one span
+    merge_gb_s: float  # parts merged, 1e9 bytes/s
+    link_gb_s: float  # between neighbours, both ways at once, each way
+    latency_us: float  # of an exchange of nothing much

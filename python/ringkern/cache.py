@@ -1,0 +1,284 @@
+"""The paged KV cache: one rank's shard of every sequence's K and V, for all layers."""
+
+import numpy as np
+import torch
+
+from ringkern.errors import ArgumentError, check
+from ringkern.pages import PageTable
+from ringkern.placement import Placement
+from ringkern.plan import Plan
+from ringkern.problem import DTYPES
+
+
+class _Reservation:
+    """Where one plan's tokens lie on this rank: made once, used by every layer."""
+
+    def __init__(self, runs, new_slots, all_slots, before):
+        self.runs = runs  # [n, 5], columns as in types.Run, with slots as offsets
+        self.new_slots = new_slots  # int64 tensors: of the new tokens, in local packed order,
+        self.all_slots = all_slots  # and of all, in the order of plan.kv_runs()
+        self.before = before  # serial of the latest earlier plan of any of these sequences
+        self.layers = set()  # that have run
+
+
+class KVCache:
+    """K and V of all sequences of a Placement, the part that this rank holds, in pages.
+
+        cache = ringkern.KVCache(ring, placement, num_layers=32, nheads_k=8, headdim=128,
+                                 dtype=torch.bfloat16, num_pages=1024)
+        out = ring.attn(q, k, v, plan, cache=cache, layer=0)
+
+    ring.attn() stores the new tokens' K and V. placement.truncate(), fork() and free() take effect
+    here at once. A page is page_size tokens of one sequence, in every layer; sequences that forked
+    share pages until one of them writes.
+
+    Args:
+        ring: what init_ring() returned.
+        placement: whose sequences these are. Every rank makes its cache with the same numbers.
+        num_layers, nheads_k, headdim: of the model.
+        headdim_v: None means headdim.
+        dtype: float16, bfloat16 or float32.
+        num_pages: pages on this rank. All layers together take
+            num_layers * num_pages * page_size * nheads_k * (headdim + headdim_v) elements.
+        page_size: tokens per page.
+    """
+
+    def __init__(
+        self,
+        ring,
+        placement: Placement,
+        *,
+        num_layers: int,
+        nheads_k: int,
+        headdim: int,
+        headdim_v: int | None = None,
+        dtype: torch.dtype,
+        num_pages: int,
+        page_size: int = 64,
+    ):
+        headdim_v = headdim if headdim_v is None else headdim_v
+        sizes = dict(
+            num_layers=num_layers,
+            nheads_k=nheads_k,
+            headdim=headdim,
+            headdim_v=headdim_v,
+            num_pages=num_pages,
+            page_size=page_size,
+        )
+        for name, size in sizes.items():
+            ok = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+            check(ok, name, "an int of at least 1", repr(size))
+        name = str(dtype).removeprefix("torch.")
+        check(name in DTYPES, "dtype", ", ".join(DTYPES), name)
+        check(
+            isinstance(placement, Placement), "placement", "a Placement", type(placement).__name__
+        )
+        check(
+            placement.world_size == ring.world_size,
+            "placement",
+            f"world_size {ring.world_size}, as the ring",
+            placement.world_size,
+        )
+        self.ring, self.placement, self.dtype = ring, placement, dtype
+        self.num_layers, self.page_size, self.num_pages = num_layers, page_size, num_pages
+        slots = num_pages * page_size
+        # [num_layers, 1, slots, nheads_k, headdim(_v)]: a layer is a batch of one, as steps take it
+        with torch.inference_mode(False):  # written by later calls, inside that mode or outside
+            self._k, self._v = (
+                torch.empty(num_layers, 1, slots, nheads_k, size, dtype=dtype, device=ring.device)
+                for size in (headdim, headdim_v)
+            )
+        # The books of all ranks: so every rank knows, without asking, when one runs out.
+        self._tables = [PageTable(num_pages, page_size) for _ in range(ring.world_size)]
+        self._lengths: dict[int, int] = {}  # sequence number -> tokens, on all ranks together
+        self._serials: dict[int, int] = {}  # sequence number -> the latest plan that wrote
+        self._ran = [0] * num_layers  # serial of the latest plan of each layer
+        placement.watch(self)
+
+    # ---- one call
+
+    def check_call(self, ring, plan: Plan, layer: int, problem) -> None:
+        """Raise ArgumentError unless the call fits this cache. Changes nothing."""
+        check(ring is self.ring, "cache", "one that was made for this ring", "another's")
+        check(plan.source is self.placement, "plan", "one of the cache's placement", "another's")
+        ok = isinstance(layer, int) and 0 <= layer < self.num_layers
+        check(ok, "layer", f"0 to {self.num_layers - 1}", repr(layer))
+        for what, got, want in (
+            ("nheads_k", problem.nheads_k, self._k.shape[-2]),
+            ("headdim", problem.headdim, self._k.shape[-1]),
+            ("headdim_v", problem.headdim_v, self._v.shape[-1]),
+            ("dtype", problem.dtype, str(self.dtype).removeprefix("torch.")),
+        ):
+            check(got == want, what, f"{want}, as the cache", got)
+        check(problem.batch == 1, "batch", "1 with a cache", problem.batch)
+        reservation = self._reservation(plan)
+        if reservation is None:
+            self._check_new(plan)
+            before = max((self._serials.get(number, 0) for number in plan.numbers), default=0)
+        else:
+            again = layer in reservation.layers
+            check(
+                not again,
+                "plan",
+                "one that has not run",
+                f"plan {plan.serial} for layer {layer} again",
+            )
+            before = reservation.before
+        check(
+            self._ran[layer] >= before,
+            "layer",
+            f"one in which plan {before} has run",
+            f"{layer}, where plan {self._ran[layer]} was the latest",
+            "Run every plan in every layer.",
+        )
+
+    def write(self, plan: Plan, layer: int, k, v) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new tokens' K and V, [1, n_local, nheads_k, headdim(_v)], checked before.
+
+        Returns this layer's whole K and V by slot, [1, slots, nheads_k, headdim(_v)].
+        """
+        reservation = self._reservation(plan) or self._reserve(plan)
+        reservation.layers.add(layer)
+        self._ran[layer] = max(self._ran[layer], plan.serial)
+        for pool, new in ((self._k, k), (self._v, v)):
+            pool[layer].index_copy_(1, reservation.new_slots, new)
+        return self._k[layer], self._v[layer]
+
+    def runs(self, plan: Plan) -> np.ndarray:
+        """Return where K and V of the plan's sequences lie on this rank.
+
+        A table like plan.kv_runs(), offsets counted in slots; a run ends where its pages do.
+        """
+        return (self._reservation(plan) or self._reserve(plan)).runs
+
+    def gather(self, plan: Plan, layer: int, k_out, v_out) -> None:
+        """Copy K and V of the plan's sequences into [1, tokens, ...], in plan.kv_runs()'s order."""
+        slots = self._reservation(plan).all_slots
+        torch.index_select(self._k[layer], 1, slots, out=k_out)
+        torch.index_select(self._v[layer], 1, slots, out=v_out)
+
+    def page_table(self, sequence) -> torch.Tensor:
+        """Return the sequence's page ids on this rank, int32 [pages], in order."""
+        number = self.placement.number(sequence)
+        return torch.tensor(self._tables[self.ring.rank].held(number).pages, dtype=torch.int32)
+
+    def stats(self) -> dict:
+        """Return pages, tokens and bytes of this rank, and the fewest free pages of any rank."""
+        mine = self._tables[self.ring.rank]
+        used = mine.num_pages - mine.num_free
+        total = sum(x.numel() * x.element_size() for x in (self._k, self._v))
+        return {
+            "pages": mine.num_pages,
+            "pages_used": used,
+            "pages_free": mine.num_free,
+            "pages_free_least": min(table.num_free for table in self._tables),
+            "tokens": sum(mine.held(number).tokens for number in self._lengths),
+            "bytes": total,
+            "bytes_used": total * used // mine.num_pages,
+        }
+
+    def close(self) -> None:
+        """Forget everything and stop following the placement."""
+        self.placement.unwatch(self)
+        self._k = self._v = torch.empty(0)
+
+    # ---- what the placement tells
+
+    def truncated(self, number: int, held) -> None:
+        if number in self._lengths:
+            for table, chunks in zip(self._tables, held, strict=True):
+                table.truncate(number, sum(chunk.length for chunk in chunks))
+            self._lengths[number] = sum(table.held(number).tokens for table in self._tables)
+
+    def forked(self, number: int, new: int) -> None:
+        if number in self._lengths:
+            self._lengths[new] = self._lengths[number]
+            self._serials[new] = self._serials[number]
+            for table in self._tables:
+                table.fork(number, new)
+
+    def freed(self, number: int) -> None:
+        self._lengths.pop(number, None)
+        self._serials.pop(number, None)
+        for table in self._tables:
+            table.free(number)
+
+    # ---- reserving
+
+    def _reservation(self, plan: Plan) -> _Reservation | None:
+        return plan.memo.get(("cache", id(self)))
+
+    def _check_new(self, plan: Plan) -> None:
+        for sequence, number, start in zip(plan.sequences, plan.numbers, plan.starts, strict=True):
+            alive = self.placement.is_current(sequence, number, plan.serial)
+            check(
+                alive,
+                "plan",
+                "one whose sequences are as it left them",
+                f"{sequence!r} changed since by truncate, fork or free",
+                "Plan again.",
+            )
+            has = self._lengths.get(number, 0)
+            check(
+                has == start,
+                "plan",
+                f"one for the {has} tokens of {sequence!r} that have run",
+                f"one on top of {start}",
+                "Run the plans in the order they were made, each once.",
+            )
+        for rank, table in enumerate(self._tables):
+            counts = plan.counts([rank])[:, 0].tolist()
+            need = sum(table.pages_for(n, c) for n, c in zip(plan.numbers, counts, strict=True))
+            if need > table.num_free:
+                raise ArgumentError(
+                    f"num_pages: want {need} free pages on rank {rank} for this plan, got "
+                    f"{table.num_free} of {table.num_pages}. Nothing was written or sent: free a "
+                    "sequence and call again, or make the cache with more pages."
+                )
+
+    def _reserve(self, plan: Plan) -> _Reservation:
+        before = max((self._serials.get(number, 0) for number in plan.numbers), default=0)
+        for rank, table in enumerate(self._tables):
+            for number, count in zip(plan.numbers, plan.counts([rank])[:, 0].tolist(), strict=True):
+                copies = table.append(number, count) if count else []
+                for source, target in copies if rank == self.ring.rank else ():
+                    self._copy_page(source, target)
+        for number, start, length in zip(
+            plan.numbers, plan.starts.tolist(), plan.lengths, strict=True
+        ):
+            self._lengths[number] = start + length
+            self._serials[number] = plan.serial
+        runs = self._slot_runs(plan)
+        slots = np.concatenate([np.arange(n) + slot for _, slot, _, n, _ in runs.tolist()] or [[]])
+        # The last tokens of each sequence here are the new ones.
+        packed = plan.kv_runs(self.ring.rank)
+        new = np.repeat(packed[:, 2] >= plan.starts[packed[:, 0]], packed[:, 3])
+        all_slots = torch.from_numpy(slots.astype(np.int64)).to(self.ring.device)
+        new_slots = torch.from_numpy(slots[new].astype(np.int64)).to(self.ring.device)
+        reservation = _Reservation(runs, new_slots, all_slots, before)
+        plan.memo["cache", id(self)] = reservation
+        return reservation
+
+    def _slot_runs(self, plan: Plan) -> np.ndarray:
+        table, rows = self._tables[self.ring.rank], []
+        packed = plan.kv_runs(self.ring.rank)
+        edges = np.searchsorted(packed[:, 0], np.arange(len(plan.numbers) + 1)).tolist()
+        packed = packed.tolist()
+        for seq, number in enumerate(plan.numbers):
+            stretches = iter(table.slots(number))
+            slot, room = 0, 0
+            for _, _, start, length, stride in packed[edges[seq] : edges[seq + 1]]:
+                while length:
+                    if not room:
+                        slot, room = next(stretches)
+                    count = min(length, room)
+                    rows.append((seq, slot, start, count, stride))
+                    slot, room = slot + count, room - count
+                    start, length = start + count * stride, length - count
+        return np.array(rows, dtype=np.int64).reshape(-1, 5)
+
+    def _copy_page(self, source: int, target: int) -> None:
+        size = self.page_size
+        for pool in (self._k, self._v):
+            page = pool[:, :, source * size : (source + 1) * size]
+            pool[:, :, target * size : (target + 1) * size] = page

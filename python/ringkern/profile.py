@@ -1,0 +1,34 @@
+"""A ring's profile as a file: what `ringkern calibrate` writes and init_ring() reads."""
+
+import dataclasses
+import json
+import pathlib
+
+from ringkern.errors import ArgumentError, check
+from ringkern.types import Hardware
+
+
+def save(hardware: Hardware, path: str) -> None:
+    """Write the profile as JSON."""
+    pathlib.Path(path).write_text(json.dumps(dataclasses.asdict(hardware), indent=2) + "\n")
+
+
+def load(profile: "Hardware | str | pathlib.Path | dict") -> Hardware:
+    """Return a profile, from a file's path or from what is one already."""
+    if isinstance(profile, Hardware):
+        return profile
+    if isinstance(profile, (str, pathlib.Path)):
+        try:
+            profile = json.loads(pathlib.Path(profile).read_text())
+        except (OSError, ValueError) as error:
+            raise ArgumentError(
+                f"profile: want a file that `ringkern calibrate` wrote, got {profile}: {error}"
+            ) from error
+    check(isinstance(profile, dict), "profile", "a path or a Hardware", type(profile).__name__)
+    names = {field.name for field in dataclasses.fields(Hardware)}
+    check(set(profile) == names, "profile", f"the keys {sorted(names)}", sorted(profile))
+    rates = tuple(sorted((int(rows), float(rate)) for rows, rate in profile["attend_tflops"]))
+    values = {name: float(value) for name, value in profile.items() if name != "attend_tflops"}
+    least = min([rate for _, rate in rates] + list(values.values()))
+    check(rates and least > 0, "profile", "numbers above 0", profile)
+    return Hardware(attend_tflops=rates, **values)

@@ -1,0 +1,178 @@
+"""The paged cache: pages, copy-on-write, and calls that are refused before anything changes."""
+
+import pytest
+import ringkern
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ringkern.pages import PageTable
+from threads import run_threads
+
+CHANGES = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(0, 3), st.integers(1, 9)),
+        st.tuples(st.just("truncate"), st.integers(0, 3), st.integers(0, 12)),
+        st.tuples(st.just("fork"), st.integers(0, 3), st.integers(4, 7)),
+        st.tuples(st.just("free"), st.integers(0, 7)),
+    ),
+    max_size=25,
+)
+
+
+@given(st.integers(1, 5), CHANGES)
+def test_pages_hold_what_was_written(page_size, changes):
+    """Against a table that copies everything: what a sequence reads is what it wrote."""
+    table, memory, want, stamp = PageTable(200, page_size), {}, {}, 0
+    for what, number, *args in changes:
+        if what == "append":
+            need = table.pages_for(number, args[0])
+            free = table.num_free
+            start = len(want.setdefault(number, []))
+            for source, target in table.append(number, args[0]):
+                for slot in range(page_size):
+                    memory[target * page_size + slot] = memory.get(source * page_size + slot)
+            assert free - table.num_free == need
+            slots = [slot + i for slot, n in table.slots(number) for i in range(n)]
+            for slot in slots[start:]:
+                stamp += 1
+                memory[slot] = stamp
+                want[number].append(stamp)
+        elif what == "truncate":
+            table.truncate(number, args[0])
+            want[number] = want.get(number, [])[: args[0]]
+        elif what == "fork" and args[0] not in want:
+            table.fork(number, args[0])
+            want[args[0]] = list(want.get(number, []))
+        elif what == "free":
+            table.free(number)
+            want.pop(number, None)
+        for other, stamps in want.items():
+            slots = [slot + i for slot, n in table.slots(other) for i in range(n)]
+            assert [memory[slot] for slot in slots] == stamps
+    for number in list(want):
+        table.free(number)
+    assert table.num_free == 200
+
+
+def make_cache(ring, placement, **changes):
+    sizes = dict(num_layers=2, nheads_k=1, headdim=8, dtype=torch.float32, num_pages=8, page_size=4)
+    return ringkern.KVCache(ring, placement, **sizes | changes)
+
+
+def attend(ring, plan, cache, layer=0, **changes):
+    x = torch.ones(plan.num_tokens(ring.rank), 1, 8)
+    return ring.attn(x, x, x, plan, cache=cache, layer=layer, **changes)
+
+
+def run_out_and_retry(ring):
+    placement = ringkern.Placement(ring.world_size)
+    cache = make_cache(ring, placement)
+    room = 8 * 4 * ring.world_size
+    for name, length in (("a", room // 2), ("b", room // 4)):
+        plan = placement.prefill({name: length})
+        for layer in range(2):
+            attend(ring, plan, cache, layer)
+    plan = placement.prefill({"c": room // 2})
+    before = cache.stats(), ring.stats()["transport"]
+    with pytest.raises(
+        ringkern.ArgumentError, match="num_pages: want 4 free pages on rank 0.*got 2"
+    ):
+        attend(ring, plan, cache)
+    assert (cache.stats(), ring.stats()["transport"]) == before
+    placement.free("a")
+    assert cache.stats()["pages_free"] == 6
+    for layer in range(2):
+        attend(ring, plan, cache, layer)  # the same plan, again
+    assert cache.stats()["pages_free"] == 2
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_out_of_pages_changes_nothing_and_can_be_retried(world_size):
+    run_threads(run_out_and_retry, world_size)
+
+
+def refuse(ring):
+    placement, other = (ringkern.Placement(ring.world_size) for _ in range(2))
+    cache = make_cache(ring, placement)
+    plan = placement.prefill({"a": 7})
+    foreign = other.prefill({"a": 7})
+    one = torch.ones(plan.num_tokens(ring.rank), 1, 8)
+    cases = [
+        (lambda: attend(ring, plan, cache, 2), "layer: want 0 to 1, got 2"),
+        (lambda: attend(ring, plan, cache, "x"), "layer: want 0 to 1"),
+        (lambda: attend(ring, foreign, cache), "plan: want one of the cache's placement"),
+        (lambda: attend(ring, plan, object()), "cache: want a KVCache or None, got object"),
+        (lambda: ring.attn(*[one.bfloat16()] * 3, plan, cache=cache), "dtype: want float32"),
+        (lambda: ring.attn(*[one[..., :4].contiguous()] * 3, plan, cache=cache), "headdim: want 8"),
+        (lambda: attend(ring, plan, cache, method="x"), "method: want auto or one of"),
+        (lambda: attend(ring, plan, cache, partial_dtype=torch.int8), "partial_dtype: want"),
+    ]
+    for call, match in cases:
+        with pytest.raises(ringkern.ArgumentError, match=match):
+            call()
+    attend(ring, plan, cache, 0)
+    later = placement.decode(["a"])
+    latest = placement.decode(["a"])
+    cases = [
+        (lambda: attend(ring, plan, cache, 0), "plan: want one that has not run.*again"),
+        (lambda: attend(ring, latest, cache, 0), "plan: want one for the 7 tokens.*on top of 8"),
+        (lambda: attend(ring, later, cache, 1), "layer: want one in which plan 1 has run"),
+        (lambda: attend(ring, later, None), "cache: want one, as the plan is on top of cached"),
+    ]
+    for call, match in cases:
+        with pytest.raises(ringkern.ArgumentError, match=match):
+            call()
+    attend(ring, plan, cache, 1)
+    attend(ring, later, cache, 0)
+    placement.truncate("a", 8)
+    with pytest.raises(ringkern.ArgumentError, match="'a' changed since by truncate, fork or free"):
+        attend(ring, latest, cache, 0)
+    placement.free("a")
+    gone = placement.prefill({"b": 1})
+    placement.free("b")
+    with pytest.raises(ringkern.ArgumentError, match="'b' changed since"):
+        attend(ring, gone, cache, 0)
+    assert cache.stats()["pages_used"] == 0
+
+
+def test_calls_that_do_not_fit_are_refused():
+    run_threads(refuse, 3)
+
+
+def test_another_ring_s_cache():
+    with ringkern.init_ring(transport="local") as one, ringkern.init_ring(transport="local") as two:
+        placement = ringkern.Placement(1)
+        cache = make_cache(one, placement)
+        plan = placement.prefill({"a": 3})
+        with pytest.raises(ringkern.ArgumentError, match="cache: want one that was made for this"):
+            attend(two, plan, cache)
+        attend(one, plan, cache)
+        assert cache.page_table("a").tolist() == [0]
+        assert cache.stats()["tokens"] == 3
+        assert cache.stats()["bytes"] == 2 * 2 * 8 * 4 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        (dict(num_pages=0), "num_pages: want an int of at least 1, got 0"),
+        (dict(page_size=-1), "page_size"),
+        (dict(headdim_v=0), "headdim_v"),
+        (dict(num_layers=True), "num_layers"),
+        (dict(dtype=torch.float64), "dtype: want float16"),
+    ],
+)
+def test_a_cache_that_cannot_be(changes, match):
+    with (
+        ringkern.init_ring(transport="local") as ring,
+        pytest.raises(ringkern.ArgumentError, match=match),
+    ):
+        make_cache(ring, ringkern.Placement(1), **changes)
+
+
+def test_a_cache_needs_a_placement_of_the_ring_s_size():
+    with ringkern.init_ring(transport="local") as ring:
+        with pytest.raises(ringkern.ArgumentError, match="placement: want a Placement, got dict"):
+            make_cache(ring, {})
+        with pytest.raises(ringkern.ArgumentError, match="placement: want world_size 1"):
+            make_cache(ring, ringkern.Placement(2))

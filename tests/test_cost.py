@@ -1,0 +1,120 @@
+"""The choice of method: the model's arithmetic, the paper's rules, profiles as files."""
+
+import dataclasses
+import json
+
+import pytest
+import ringkern
+import torch
+from ringkern import calibrate, cost, profile
+from ringkern.types import Hardware, Problem
+from threads import HARDWARE, run_threads
+
+# Llama 3 405B on one GPU of a node, as paper.md section 1 gives it: 16 query heads, 1 key head.
+PAPER = Problem(1, 16, 1, 128, 128, "bfloat16", True, 128**-0.5, (-1, -1), 0.0)
+GTT = Hardware(((1, 1.0), (64, 100.0), (1024, 510.0)), 1.0, 1500.0, 26.0, 20.0)
+
+
+def plan_of(world_size, cached, new):
+    placement = ringkern.Placement(world_size)
+    if cached:
+        placement.prefill({"a": cached})
+    return placement.prefill({"a": new})
+
+
+def test_bytes_by_hand():
+    assert cost.block_bytes("kv", 32000, PAPER) == 32000 * 2 * 128 * 2
+    assert cost.block_bytes("q", 800, PAPER) == 800 * 16 * 128 * 2
+    assert cost.block_bytes("part", 800, PAPER) == 800 * 16 * (128 * 4 + 4)
+
+
+def test_the_paper_s_ring_iteration():
+    """paper.md table 5, 10 % new: 1608 us of attention, 631 us for K and V, at CP4."""
+    plan = plan_of(4, 115200, 12800)
+    steps = cost.make_schedule(plan, 0, "pass_kv")
+    attend, exchange = cost.step_us(steps[1], PAPER, GTT)
+    assert attend == pytest.approx(1608, rel=0.1)
+    assert exchange == pytest.approx(631, rel=0.1)
+
+
+def test_the_choice_follows_the_miss_rate():
+    full = cost.choose(plan_of(4, 0, 128000), PAPER, GTT)
+    little = cost.choose(plan_of(4, 126720, 1280), PAPER, GTT)
+    assert full.predicted_us["pass_kv"] < full.predicted_us["pass_q"]
+    assert little.predicted_us["pass_q"] < little.predicted_us["pass_kv"]
+    assert little.method in ("pass_q", "gather_q") and little.method in little.reason
+
+
+def test_decode_takes_two_latencies():
+    slow = dataclasses.replace(GTT, latency_us=1000.0)
+    placement = ringkern.Placement(8)
+    placement.prefill({"a": 131072})
+    choice = cost.choose(placement.decode(["a"]), PAPER, slow)
+    assert choice.method == "gather_q"
+    assert 2000 < choice.predicted_us["gather_q"] < 2500
+    assert choice.predicted_us["pass_q"] > 7000
+
+
+def test_one_rank_has_nothing_to_choose():
+    choice = cost.choose(plan_of(1, 0, 10), PAPER, GTT)
+    assert choice.method == "pass_kv" and "one rank" in choice.reason
+
+
+@pytest.mark.parametrize(
+    "cached, new, one, five",
+    [(0, 128000, "pass_kv", "pass_kv"), (126720, 1280, "pass_q", "pass_q")],
+)
+def test_the_paper_s_rules(cached, new, one, five):
+    plan = plan_of(4, cached, new)
+    assert cost.RULES["algorithm_1"](plan, PAPER, GTT) == one
+    assert cost.RULES["algorithm_5"](plan, PAPER, GTT) == five
+
+
+def test_the_fitted_rule_by_hand():
+    """Appendix D: h = -1.059 ln(T) + 1.145 ln(T / (T + P)) + 12.112 > 0 means pass-KV."""
+    assert cost.RULES["fitted_rule"](plan_of(4, 0, 60000), PAPER, GTT) == "pass_kv"
+    assert cost.RULES["fitted_rule"](plan_of(4, 0, 128000), PAPER, GTT) == "pass_q"
+
+
+def test_a_profile_is_a_file(tmp_path):
+    path = tmp_path / "profile.json"
+    profile.save(GTT, str(path))
+    assert profile.load(path) == profile.load(str(path)) == GTT
+    assert profile.load(json.loads(path.read_text())) == GTT
+
+
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        ("nonsense", "want a file that"),
+        ("{}", "want the keys"),
+        ("[]", "want a path or a Hardware"),
+        (json.dumps(dataclasses.asdict(GTT) | {"link_gb_s": 0}), "want numbers above 0"),
+    ],
+)
+def test_a_profile_that_is_none(tmp_path, content, match):
+    path = tmp_path / "profile.json"
+    path.write_text(content)
+    with pytest.raises(ringkern.ArgumentError, match=f"profile: {match}"):
+        profile.load(str(path))
+    with pytest.raises(ringkern.ArgumentError, match="profile"):
+        profile.load(str(tmp_path / "missing"))
+
+
+def test_ranks_choose_alike():
+    def pick(ring):
+        placement = ringkern.Placement(ring.world_size)
+        shape = dict(nheads=4, nheads_k=2, headdim=16, dtype=torch.float32)
+        plans = placement.prefill({"a": 500}), placement.decode(["a"])
+        return [ring.choose(plan, **shape) for plan in plans], ring.hardware
+
+    (choices, hardware), *others = run_threads(pick, 3)
+    assert hardware == HARDWARE
+    assert all(other == (choices, hardware) for other in others)
+    assert choices[0].reason.startswith(choices[0].method)
+
+
+def test_calibration_gives_every_rank_the_same():
+    profiles = run_threads(lambda ring: calibrate.measure(ring, 0.1), 3)
+    assert profiles[0] == profiles[1] == profiles[2]
+    assert profiles[0].link_gb_s > 0 and len(profiles[0].attend_tflops) == len(calibrate.ROWS)

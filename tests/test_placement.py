@@ -1,0 +1,214 @@
+"""Histories: positions are held once, evenly, and every method covers the mask exactly once."""
+
+import collections
+
+import pytest
+import ringkern
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ringkern import schedule, tiles
+from ringkern.schedule import METHODS, make_schedule
+from strategies import WINDOWS, WORLD_SIZES
+
+NAMES = st.sampled_from("abc")
+CHANGES = st.lists(
+    st.one_of(
+        st.tuples(st.just("prefill"), st.dictionaries(NAMES, st.integers(1, 14), min_size=1)),
+        st.tuples(st.just("decode"), st.integers(1, 9)),
+        st.tuples(st.just("truncate"), NAMES, st.integers(1, 4)),
+        st.tuples(st.just("fork"), NAMES),
+        st.tuples(st.just("free"), NAMES),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def grown(placement, changes):
+    """Apply the changes that make sense; yield each plan when it is made."""
+    alive = set()
+    for number, (what, *args) in enumerate(changes):
+        if what == "prefill":
+            alive |= set(args[0])
+            yield placement.prefill(args[0])
+        elif what == "decode" and alive:
+            for _ in range(args[0]):
+                plan = placement.decode(sorted(alive))
+            yield plan
+        elif what == "truncate" and args[0] in alive:
+            length = placement.length(args[0])
+            placement.truncate(args[0], max(0, length - args[1]))
+        elif what == "fork" and args[0] in alive:
+            placement.fork(args[0], f"fork {number}")
+            alive.add(f"fork {number}")
+        elif what == "free" and args[0] in alive:
+            placement.free(args[0])
+            alive.remove(args[0])
+
+
+def positions_of(table):
+    """Return (sequence, position) of every row of a table of runs."""
+    rows = []
+    for seq, offset, start, length, stride in table.tolist():
+        assert offset == len(rows)
+        rows += [(seq, start + i * stride) for i in range(length)]
+    return rows
+
+
+@given(WORLD_SIZES, CHANGES)
+@settings(max_examples=150, deadline=None)
+def test_every_position_is_held_once(world_size, changes):
+    placement = ringkern.Placement(world_size)
+    for plan in grown(placement, changes):
+        held = [row for rank in range(world_size) for row in positions_of(plan.kv_runs(rank))]
+        lengths = [placement.length(sequence) for sequence in plan.sequences]
+        want = [(seq, p) for seq, length in enumerate(lengths) for p in range(length)]
+        assert sorted(held) == want
+        for rank in range(world_size):
+            assert plan.kv_tokens(rank) == len(positions_of(plan.kv_runs(rank)))
+            assert plan.num_tokens(rank) == len(plan.positions(rank))
+
+
+@given(WORLD_SIZES, CHANGES, st.booleans(), WINDOWS)
+@settings(max_examples=120, deadline=None)
+def test_every_method_covers_the_mask_once(world_size, changes, causal, window_size):
+    for plan in grown(ringkern.Placement(world_size), changes):
+        left, right = tiles.bounds(causal, window_size)
+        want = {
+            (seq, q, k)
+            for seq, (start, new) in enumerate(zip(plan.starts.tolist(), plan.lengths, strict=True))
+            for q in range(start, start + new)
+            for k in range(start + new)
+            if q - left <= k <= q + right
+        }
+        for method in METHODS:
+            steps = [
+                make_schedule(plan, rank, method, causal, window_size) for rank in range(world_size)
+            ]
+            assert computed(plan, steps) == want, method
+            assert sum(schedule.pairs(s) for one in steps for s in one) == len(want), method
+            assert_messages_match(steps)
+
+
+def computed(plan, schedules):
+    triples = set()
+    for work in (work for steps in schedules for step in steps for work in step.work):
+        mine, theirs = (
+            positions_of(plan.runs(work.q_rank)),
+            positions_of(plan.kv_runs(work.kv_rank)),
+        )
+        for q0, q1, k0, k1, lo, hi, q_stride, k_stride in work.spans.tolist():
+            for i in range(q1 - q0):
+                for j in range(k1 - k0):
+                    if lo <= j * k_stride - i * q_stride <= hi:
+                        (seq, q), (other, k) = mine[q0 + i], theirs[k0 + j]
+                        assert seq == other and (seq, q, k) not in triples
+                        triples.add((seq, q, k))
+    return triples
+
+
+def assert_messages_match(schedules):
+    """Between two ranks messages match in the order posted, in kind, owner and size."""
+    sent, received = (collections.defaultdict(list) for _ in range(2))
+    for rank, steps in enumerate(schedules):
+        for step in steps:
+            for move in step.sends:
+                sent[rank, move.peer].append((step.index, move.kind, move.rank, move.tokens))
+            for move in step.recvs:
+                received[move.peer, rank].append((step.index, move.kind, move.rank, move.tokens))
+    assert sent == received
+    assert all(tokens > 0 for edge in sent.values() for *_, tokens in edge)
+
+
+@given(WORLD_SIZES, st.lists(st.one_of(st.just(1), st.integers(1, 30)), min_size=1, max_size=40))
+def test_a_sequence_is_held_evenly(world_size, lengths):
+    placement = ringkern.Placement(world_size)
+    for length in lengths:
+        plan = (
+            placement.decode(["a"])
+            if length == 1 and plan_exists(placement)
+            else (placement.prefill({"a": length}))
+        )
+        held = [plan.kv_tokens(rank) for rank in range(world_size)]
+        assert max(held) - min(held) <= 1, held
+
+
+def plan_exists(placement):
+    return "a" in placement._records
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
+def test_capacity_stays_even_over_thousands_of_decodes(world_size):
+    placement = ringkern.Placement(world_size)
+    names = [f"s{i}" for i in range(16)]
+    placement.prefill({name: 3 + 5 * i for i, name in enumerate(names)})
+    for _ in range(2000):
+        plan = placement.decode(names)
+        owners = [plan.num_tokens(rank) for rank in range(world_size)]
+        assert max(owners) <= len(names) // 2, "owners bunch up"
+    held = [plan.kv_tokens(rank) for rank in range(world_size)]
+    assert max(held) - min(held) <= len(names)
+    runs = [len(plan.kv_runs(rank)) for rank in range(world_size)]
+    assert max(runs) <= 4 * len(names), "decoded tokens must join into runs"
+
+
+def test_sequences_of_one_length_decode_on_different_ranks():
+    placement = ringkern.Placement(4)
+    placement.prefill({i: 8 for i in range(16)})
+    plan = placement.decode(range(16))
+    assert [plan.num_tokens(rank) for rank in range(4)] == [4, 4, 4, 4]
+
+
+def test_after_truncate_new_tokens_go_where_there_are_fewest():
+    placement = ringkern.Placement(2)
+    placement.prefill({"a": 16})  # rank 0 holds 0..3 and 12..15
+    placement.truncate("a", 12)
+    plans = [placement.decode(["a"]) for _ in range(4)]
+    assert [plan.num_tokens(0) for plan in plans] == [1, 1, 1, 1]
+    assert plans[-1].kv_tokens(0) == plans[-1].kv_tokens(1) == 8
+
+
+def test_a_million_tokens_plan_in_few_runs():
+    placement = ringkern.Placement(8)
+    placement.prefill({"a": 1_000_000})
+    plan = placement.prefill({"a": 1000})
+    assert sum(len(plan.kv_runs(rank)) for rank in range(8)) <= 32
+    assert plan.positions(3).min() >= 1_000_000
+
+
+def test_ids_can_be_used_again():
+    placement = ringkern.Placement(3)
+    placement.prefill({"a": 5})
+    placement.free("a")
+    plan = placement.prefill({"a": 2})
+    assert plan.starts.tolist() == [0] and placement.length("a") == 2
+
+
+@pytest.mark.parametrize(
+    "call, match",
+    [
+        (lambda p: p.prefill({}), "lengths: want at least one sequence"),
+        (lambda p: p.prefill({"b": 1, "c": 0}), "length of 'c': want an int above 0, got 0"),
+        (lambda p: p.prefill({"a": -1}), "length of 'a'"),
+        (lambda p: p.prefill({"a": 1.0}), "length of 'a'"),
+        (lambda p: p.prefill({"a": True}), "length of 'a'"),
+        (lambda p: p.decode([]), "sequences: want at least one"),
+        (lambda p: p.decode(["a", "a"]), "sequences: want each once"),
+        (lambda p: p.decode(["a", "x"]), "sequence: want an id that was prefilled.*'x'"),
+        (lambda p: p.truncate("a", 6), "length: want 0 to 5"),
+        (lambda p: p.truncate("a", -1), "length: want 0 to 5"),
+        (lambda p: p.truncate("x", 1), "sequence: want"),
+        (lambda p: p.fork("x", "y"), "sequence: want"),
+        (lambda p: p.fork("a", "a"), "new: want an id that is not in use"),
+        (lambda p: p.free("x"), "sequence: want"),
+        (lambda p: p.length("x"), "sequence: want"),
+    ],
+)
+def test_refusals_change_nothing(call, match):
+    placement = ringkern.Placement(3)
+    placement.prefill({"a": 5})
+    keys = placement._keys.copy()
+    with pytest.raises(ringkern.ArgumentError, match=match):
+        call(placement)
+    assert (placement._keys == keys).all() and list(placement._records) == ["a"]
+    assert placement.length("a") == 5
