@@ -51,7 +51,7 @@ def assert_attn(q, k, v, name, **options):
     softmax_scale=st.sampled_from([None, 0.3, 0.0, -0.5]),
     sinks=st.booleans(),
 )
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_any_call_matches_the_oracle(sizes, heads, headdims, batch, dtype, sinks, **options):
     q, k, v = make_qkv(*sizes, *heads, *headdims, batch, dtype)
     options["sinks"] = torch.linspace(-2, 2, heads[0]) if sinks else None

@@ -10,7 +10,7 @@ from ringkern.kernels import reference
 from ringkern.launch import launch
 from ringkern.schedule import METHODS
 from strategies import WORLD_SIZES
-from test_placement import CHANGES
+from test_placement import CHANGES, grown
 from threads import HARDWARE, run_threads
 
 LAYERS = 2
@@ -76,7 +76,7 @@ def live(ring, changes, methods, heads, dtype, page_size, options, seed):
     model = Model(*heads, dtype, seed)
     placement.watch(model)
     turn = 0
-    for plan in every_plan(placement, changes):
+    for plan in grown(placement, changes, most_decodes=3):
         for layer in range(LAYERS):
             method, turn = methods[turn % len(methods)], turn + 1
             q, k, v = model.new(plan, layer)
@@ -102,26 +102,6 @@ def live(ring, changes, methods, heads, dtype, page_size, options, seed):
     assert cache.stats()["pages_used"] == 0, "pages are lost"
 
 
-def every_plan(placement, changes):
-    """As test_placement.grown(), but every plan is run: one decode at a time."""
-    alive = set()
-    for number, (what, *args) in enumerate(changes):
-        if what == "prefill":
-            alive |= set(args[0])
-            yield placement.prefill(args[0])
-        elif what == "decode" and alive:
-            for _ in range(min(args[0], 3)):
-                yield placement.decode(sorted(alive))
-        elif what == "truncate" and args[0] in alive:
-            placement.truncate(args[0], max(0, placement.length(args[0]) - args[1]))
-        elif what == "fork" and args[0] in alive:
-            placement.fork(args[0], f"fork {number}")
-            alive.add(f"fork {number}")
-        elif what == "free" and args[0] in alive:
-            placement.free(args[0])
-            alive.remove(args[0])
-
-
 @given(
     world_size=WORLD_SIZES,
     changes=CHANGES,
@@ -134,7 +114,7 @@ def every_plan(placement, changes):
     sinks=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_history_by_any_method(
     world_size, changes, methods, heads, dtype, page_size, window_size, softcap, sinks, seed
 ):

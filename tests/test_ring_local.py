@@ -54,7 +54,7 @@ def assert_dense(world_size, qkv, layout, name, **options):
     window_size=WINDOWS,
     softcap=st.sampled_from([0.0, 3.0]),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_any_dense_ring_matches_one_device(world_size, layout, seqlen, heads, dtype, **options):
     nheads, nheads_k, headdim, headdim_v = heads
     qkv = make_qkv(2, seqlen, nheads=nheads, nheads_k=nheads_k, headdim=headdim,
@@ -74,7 +74,7 @@ def whole_packed(ring, qkv, lengths, sinks, options):
 
 
 @given(WORLD_SIZES, LENGTHS, st.sampled_from(DTYPES), st.booleans(), st.booleans(), WINDOWS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_packed_ring_matches_one_device(
     world_size, lengths, dtype, causal, with_sinks, window_size
 ):
@@ -110,7 +110,7 @@ def test_each_sequence_cut_by_hand_is_what_varlen_wants():
 
 
 @given(WORLD_SIZES, LAYOUTS, st.integers(1, 40), st.integers(-3, 2), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_unshard_inverts_shard(world_size, layout, seqlen, dim, told):
     shape = [2, 3, 4]
     shape[dim] = seqlen

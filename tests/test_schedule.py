@@ -52,7 +52,7 @@ def sent(step):
 
 
 @given(WORLD_SIZES, LAYOUTS, LENGTHS, st.booleans(), WINDOWS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_visible_pair_is_computed_once(world_size, layout, lengths, causal, window_size):
     plan = Plan(world_size, lengths, layout)
     schedules = all_schedules(plan, causal, window_size)
@@ -63,7 +63,7 @@ def test_every_visible_pair_is_computed_once(world_size, layout, lengths, causal
 
 
 @given(WORLD_SIZES, LAYOUTS, LENGTHS, st.booleans(), WINDOWS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_kv_arrives_before_it_is_used_and_no_further(
     world_size, layout, lengths, causal, window_size
 ):
