@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ringkern import shard
 from ringkern.errors import check
 from ringkern.plan import Plan
 from ringkern.types import Chunk
@@ -109,9 +108,11 @@ class Placement:
             self,
         )
         self._keys[rows] = keys + self.world_size * plan.counts(range(self.world_size))
-        for seq, (record, length) in enumerate(zip(records, lengths, strict=True)):
-            for rank, runs in _runs_of(seq, record.length, length, self.world_size, places[seq]):
-                record.held[rank] = _appended(record.held[rank], runs)
+        for rank in np.flatnonzero(plan.counts(range(self.world_size)).any(axis=0)).tolist():
+            for seq, _, *chunk in plan.runs(rank).tolist():
+                held = records[seq].held
+                held[rank] = _appended(held[rank], Chunk(*chunk))
+        for record, length in zip(records, lengths, strict=True):
             record.length += length
             if length > 1 or record.length == 1:
                 self._deal(record)
@@ -226,36 +227,20 @@ class Placement:
         return record
 
 
-def _runs_of(seq, start, length, world_size, places):
-    """Yield (rank, chunks) of the new tokens of one sequence, for the ranks that get any."""
-    if length == 1:
-        yield int(np.flatnonzero(places == 0)[0]), (Chunk(start, 1),)
-        return
-    for rank in range(world_size):
-        table = shard.runs("zigzag", (length,), world_size, places[rank])
-        if len(table):
-            yield rank, tuple(Chunk(start + first, n) for first, n in table[:, 2:4].tolist())
-
-
-def _appended(held: tuple[Chunk, ...], new: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
-    """Return held + new, with runs that continue each other joined.
+def _appended(held: tuple[Chunk, ...], new: Chunk) -> tuple[Chunk, ...]:
+    """Return held + (new,), joined where new continues the last chunk.
 
     Decoded tokens of one rank are world_size apart: one run, however many they are.
     """
-    chunks = list(held)
-    for start, length, stride in new:
-        if chunks:
-            last = chunks[-1]
-            gap = start - (last.start + (last.length - 1) * last.stride)
-            joins = gap == last.stride and (length == 1 or stride == last.stride)
-            if last.length == 1 and length == 1:
-                chunks[-1] = Chunk(last.start, 2, gap)
-                continue
-            if joins:
-                chunks[-1] = Chunk(last.start, last.length + length, last.stride)
-                continue
-        chunks.append(Chunk(start, length, stride))
-    return tuple(chunks)
+    if not held:
+        return (new,)
+    start, length, stride = held[-1]
+    gap = new.start - (start + (length - 1) * stride)
+    if length == 1 and new.length == 1:
+        return (*held[:-1], Chunk(start, 2, gap))
+    if gap == stride and (new.length == 1 or new.stride == stride):
+        return (*held[:-1], Chunk(start, length + new.length, stride))
+    return (*held, new)
 
 
 def _truncated(chunks: tuple[Chunk, ...], length: int) -> tuple[Chunk, ...]:

@@ -76,13 +76,18 @@ class Plan:
 
     def num_tokens(self, rank: int) -> int:
         """Return how many of the new tokens the rank holds."""
-        return int(self.counts([rank]).sum())
+        key = "tokens", rank
+        if key not in self.memo:
+            self.memo[key] = int(self.counts([rank]).sum())
+        return self.memo[key]
 
     def kv_tokens(self, rank: int) -> int:
         """Return how many tokens of these sequences the rank holds, new ones counted."""
-        return self.num_tokens(rank) + (
-            0 if self.cached is None else int(self.cached[:, rank].sum())
-        )
+        key = "kv tokens", rank
+        if key not in self.memo:
+            cached = 0 if self.cached is None else int(self.cached[:, rank].sum())
+            self.memo[key] = self.num_tokens(rank) + cached
+        return self.memo[key]
 
     def positions(self, rank: int) -> np.ndarray:
         """Return the rank's positions, int64 [n_local], in local packed order: for RoPE."""

@@ -38,6 +38,10 @@ def _band(q, k, left, right):
     """Return (lo, hi, q_stride, k_stride) of paired runs, given by column; see types.Span."""
     _, _, q_start, q_length, q_stride = q
     _, _, k_start, k_length, k_stride = k
+    if (q_stride == 1).all() and (k_stride == 1).all():  # as nearly always
+        shift = k_start - q_start
+        lo = np.maximum(-left - shift, 1 - q_length)
+        return lo, np.minimum(right - shift, k_length - 1), q_stride, k_stride
     # A single row has any stride: the other side's, so that most pairs agree in it.
     q_stride = np.where(q_length == 1, k_stride, q_stride)
     k_stride = np.where(k_length == 1, q_stride, k_stride)
@@ -55,8 +59,11 @@ def _band(q, k, left, right):
 def _pair(q, k, left, right):
     """Return the spans of paired runs, given by column."""
     lo, hi, q_stride, k_stride = _band(q, k, left, right)
-    rows = q[1], q[1] + q[3], k[1], k[1] + k[3]
-    table = np.stack([*rows, lo, hi, q_stride, k_stride], axis=1)[lo <= hi]
+    columns = q[1], q[1] + q[3], k[1], k[1] + k[3], lo, hi, q_stride, k_stride
+    table = np.empty((len(lo), len(columns)), dtype=np.int64)
+    for index, column in enumerate(columns):
+        table[:, index] = column
+    table = table[lo <= hi]
     if not (table[:, 6:] == 1).all():  # a hull may hold no pair where strides differ
         table = table[counts(table) > 0]
     return table
