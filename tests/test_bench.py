@@ -61,7 +61,7 @@ def test_ranks_together_are_the_slowest_in_each_call():
         ({"max_err": float("nan")}, "max_err is nan"),
         ({"met": False}, "met: want True"),
         ({"v": 0}, "v: want 1"),
-        ({"note": "as in /home/someone/x"}, "note holds a path"),
+        ({"note": "as in /srv/someone/x"}, "note holds a path"),
         ({"env": {"A": "/srv/secret/file"}}, "env holds a path"),
         ({"time_us": {"p50": 1.0}}, "time_us: want min, p5"),
         ({"time_us": dict.fromkeys(record.QUANTILES, 0.0)}, "above 0 that rise"),
