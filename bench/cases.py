@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ringkern.errors import check
+from ringkern.schedule import METHODS
 
-from bench import memory, operation, planning, ring, transport
+from bench import host, memory, operation, planning, ring, stages, transport
+from bench.paper import PAPER_PASS_Q
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Case:
     alone: str | None = None  # of impls, what one process does with the threads of all ranks
     layout: str | None = "zigzag"
     transport: str | None = "tcp"
+    link_mbit: int | None = None  # a shaped link between ranks; None: loopback
+    session: str | None = None  # cases of one session share processes, rings and a profile
     quick: dict[str, int] = field(default_factory=dict)  # sizes that only try the machinery
     # impl -> record field -> what it should be at most
     targets: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -49,6 +53,12 @@ def select(patterns: list[str]) -> list[Case]:
 
 
 KIB, MIB = 1 << 10, 1 << 20
+# Megabits per second of each rank's link. A rank here attends at about 35 GFLOP/s. Of the paper's
+# ranks, compute to link is 16000 FLOP/byte over RDMA and ten times that over TCP, for contexts of
+# 128000 tokens of 2 bytes an element (paper.md sections 1 and 4). Contexts here are an eighth of
+# that, elements twice as large: 1000 and 10000 FLOP/byte put equation (2)'s bound at the same share
+# of a context.
+RDMA_LIKE, TCP_LIKE = 280, 28
 
 
 def _exchange(name: str, world_size: int, nbytes: int, most: float | None, **counts) -> Case:
@@ -136,6 +146,71 @@ def _plan(batch: int, seqlen: int, ranks_planned: int) -> Case:
     )
 
 
+def _stage(link_mbit: int | None, batch: int, new: int, cached: int, **options) -> Case:
+    """New tokens on top of cached ones by every method: 16 query heads share a key head."""
+    link = f"{link_mbit}mbit" if link_mbit else "loopback"
+    shape = {"batch": batch, "new": new, "cached": cached}
+    shape |= {"nheads": 16, "nheads_k": 1, "headdim": 64, "causal": True}
+    options = dict(impls=METHODS, session=link, quick={"new": min(new, 40), "cached": 50}) | options
+    return Case(
+        f"stage/tcp/w4/{link}/b{batch}/T{new}/P{cached}/h16/hk1/d64/float32",
+        stages.STAGE,
+        shape,
+        4,
+        "float32",
+        link_mbit=link_mbit,
+        **options,
+    )
+
+
+def _grid(link_mbit: int):
+    """All four methods over new and cached tokens. Long calls are measured less often."""
+    for cached in (0, 2048, 8192, 16384):
+        for new in (1, 16, 64, 256, 1024, 4096):
+            if (new, cached) == (1, 0):
+                continue
+            counts = dict(repetitions=9, calls=3, warmup=1)
+            if new >= 1024 or cached >= 8192:
+                counts = dict(repetitions=9 if new < 1024 else 5, calls=1, warmup=1)
+            # Where equation (2) holds with 20 % to spare: K and V travel under attention.
+            hidden = link_mbit == RDMA_LIKE and new >= 1024 and new + cached > 3000
+            targets = {"pass_kv": {"exposed_comm": 0.05}} if hidden else {}
+            yield _stage(link_mbit, 1, new, cached, targets=targets, **counts)
+
+
+def _order(link_mbit: int, new: int, cached: int, batch: int = 1) -> Case:
+    """pass_q against the paper's order of the same, which returns all partial outputs at the end."""
+    counts = dict(repetitions=9, calls=1, warmup=1)
+    targets = {"pass_q": {"ratio": 1.0, "detail.tail_ratio": 0.5}}
+    impls = dict(impls=("pass_q", PAPER_PASS_Q), peer=PAPER_PASS_Q)
+    case = _stage(link_mbit, batch, new, cached, targets=targets, **impls, **counts)
+    return replace(case, id=case.id.replace("stage/", "order/"))
+
+
+def _decode(batch: int) -> Case:
+    """One token of each sequence: gather_q against the paper's ring decode."""
+    targets = {"gather_q": {"ratio": 0.5}} if batch == 1 else {}
+    impls = dict(impls=("gather_q", PAPER_PASS_Q), peer=PAPER_PASS_Q, targets=targets)
+    case = _stage(None, batch, 1, 32768, repetitions=15, calls=3, warmup=2, **impls)
+    return replace(case, id=case.id.replace("stage/", "decode/"), session=None)
+
+
+def _host(what: str, most_us: float, **options) -> Case:
+    return Case(
+        f"host/{what}/w4/b64",
+        host.HOST_PLAN if what == "plan" else host.HOST_LAYER,
+        {"batch": 64, "cached": 500 if what == "plan" else 60},
+        4,
+        impls=METHODS,
+        measure=host.measure_plan if what == "plan" else host.measure_layer,
+        in_ranks=False,
+        transport=None,
+        quick={"batch": 5},
+        targets={method: {"time_us.p50": most_us} for method in METHODS},
+        **options,
+    )
+
+
 DTYPES = ("float32", "bfloat16")
 RING_TARGETS = {"ringkern": {"ratio": 1.10}}
 
@@ -149,6 +224,12 @@ CASES = (
     *(_ring(n, dtype, targets=RING_TARGETS) for n in (8192, 16384) for dtype in DTYPES),
     *(_memory(world_size, dtype) for dtype in DTYPES for world_size in (1, 2, 4, 8)),
     *(_memory(world_size, dtype, heap=True) for dtype in DTYPES for world_size in (2, 8)),
+    *_grid(RDMA_LIKE),
+    *_grid(TCP_LIKE),
+    *(_order(link, new, 16384) for link in (RDMA_LIKE, TCP_LIKE) for new in (16, 64, 256, 1024)),
+    *(_decode(batch) for batch in (1, 4, 16)),
+    _host("plan", 1000.0, calls=20),
+    _host("layer", 50.0, calls=50),
     _plan(1, 1 << 20, 1),
     _plan(1, 1 << 20, 128),
     _plan(1000, 1000, 1),

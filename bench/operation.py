@@ -17,6 +17,7 @@ class Operation:
     check: Callable  # (state, impl) -> {ok, max_err, details}; spoils what it has looked at
     flops: Callable  # (case) -> FLOPs of one call, all ranks; None where it computes nothing
     bytes_sent: Callable  # (case) -> bytes that a rank sends in one call, or None
+    prepare: Callable | None = None  # (state, impl): before each repetition, not timed
 
 
 def nothing(case) -> None:
@@ -35,6 +36,8 @@ def measure(session, case) -> dict[str, Measurement]:
     for repetition in range(-case.warmup, case.repetitions):
         first = repetition % len(case.impls)
         for impl in case.impls[first:] + case.impls[:first]:
+            if operation.prepare:
+                operation.prepare(state, impl)
             session.barrier()
             times = [timed(operation.call, state, impl, index) for index in range(case.calls)]
             finding = operation.check(state, impl)

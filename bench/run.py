@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import json
+import multiprocessing.forkserver
 import pathlib
 import secrets
 import sys
@@ -10,7 +11,7 @@ import sys
 from ringkern.errors import ArgumentError
 from ringkern.launch import launch
 
-from bench import cases, machine, record, summary
+from bench import cases, links, machine, record, summary
 from bench.measurement import combine
 from bench.session import Session
 
@@ -46,9 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     return Run(args).run(chosen)
 
 
-def run_rank(worker, chosen: list[cases.Case]) -> None:
+def run_rank(worker, chosen: list[cases.Case], shaped: links.Links | None, quick: bool) -> None:
     """Measure cases on this rank, and say what each measured as soon as it is done."""
-    session = Session(worker.rank, worker.world_size)
+    if shaped:
+        shaped.join(worker.rank)
+    session = Session(worker.rank, worker.world_size, quick)
     try:
         for case in chosen:
             worker.say((case.id, case.measure(session, case)))
@@ -77,6 +80,11 @@ class Run:
         """Run the cases; return 1 if any failed."""
         chosen = [cases.tiny(case) for case in chosen] if self.args.quick else chosen
         for batch in self._batches(chosen):
+            reason = links.why_not() if batch[0].link_mbit else None
+            if reason:
+                for case in batch:
+                    print(f"SKIPPED {case.id}: {reason}", file=sys.stderr, flush=True)
+                continue
             try:
                 self._run_batch(batch)
             except (RuntimeError, OSError) as error:
@@ -86,12 +94,12 @@ class Run:
         return 1 if self.failed else 0
 
     def _batches(self, chosen):
-        """Return lists of cases that share processes: each case has its own, but in --quick."""
-        if not self.args.quick:
-            return [[case] for case in chosen]
+        """Return lists of cases that share processes: each its own, but in sessions and --quick."""
         together: dict[tuple, list] = {}
         for case in chosen:
-            together.setdefault((case.in_ranks, case.world_size), []).append(case)
+            alone = None if self.args.quick else case.session or case.id
+            key = case.in_ranks, case.world_size, case.link_mbit, alone
+            together.setdefault(key, []).append(case)
         return list(together.values())
 
     def _run_batch(self, batch) -> None:
@@ -110,8 +118,14 @@ class Run:
             if len(heard) == case.world_size:
                 self._finish(case, {i: combine([one[i] for one in heard]) for i in case.impls})
 
-        world_size = batch[0].world_size
-        launch(run_rank, world_size, batch, threads=1, timeout_s=3600, on_message=on_message)
+        world_size, mbit = batch[0].world_size, batch[0].link_mbit
+        options = dict(threads=1, timeout_s=3600, on_message=on_message)
+        if mbit is None:
+            launch(run_rank, world_size, batch, None, self.args.quick, **options)
+            return
+        multiprocessing.forkserver.ensure_running()  # here: it keeps the namespace it begins in
+        with links.Links(world_size, mbit) as shaped, shaped.hub():
+            launch(run_rank, world_size, batch, shaped, self.args.quick, **options)
 
     def _finish(self, case, found) -> None:
         """Print a case's records, and append them if all of them are right."""

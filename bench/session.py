@@ -4,6 +4,7 @@ import os
 
 import ringkern
 import torch.distributed as dist
+from ringkern import calibrate
 
 TIMEOUT_S = 600.0  # a rank stands in a barrier while another one measures a whole call alone
 
@@ -11,8 +12,8 @@ TIMEOUT_S = 600.0  # a rank stands in a barrier while another one measures a who
 class Session:
     """Opened on every rank alike, and asked for the same things in the same order."""
 
-    def __init__(self, rank: int, world_size: int):
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, rank: int, world_size: int, quick: bool = False):
+        self.rank, self.world_size, self._quick = rank, world_size, quick
         self._rings: dict[tuple, ringkern.Ring] = {}
 
     def ring(self, **variables: str) -> ringkern.Ring:
@@ -28,6 +29,17 @@ class Session:
                     os.environ.pop(name)
                     if value is not None:
                         os.environ[name] = value
+        return self._rings[key]
+
+    def ring_with_profile(self, problem) -> ringkern.Ring:
+        """Return a ring that knows its profile, as `ringkern calibrate` measures it."""
+        key = ("profile", problem)
+        if key not in self._rings:
+            seconds = 0.1 if self._quick else 3.0
+            hardware = calibrate.measure(self.ring(), seconds, problem)
+            self._rings[key] = ringkern.init_ring(
+                transport="tcp", timeout_s=TIMEOUT_S, profile=hardware
+            )
         return self._rings[key]
 
     def gloo(self):

@@ -17,6 +17,9 @@ def make_records(case, found: dict[str, Measurement], facts: dict) -> list[dict]
         if peer and one is not peer:
             one["peer"] = peer["impl"]
             one["ratio"] = ratio(one, peer)
+            if peer["detail"].get("tail_ms"):
+                tails = one["detail"]["tail_ms"], peer["detail"]["tail_ms"]
+                one["detail"]["tail_ratio"] = round(tails[0] / tails[1], 4)
         one["met"] = record.met(one)
     return records
 
@@ -69,8 +72,12 @@ def _setting(case, impl: str) -> dict:
         "threads": case.world_size if alone else 1,
         "layout": None if alone else case.layout,
         "transport": None if alone else case.transport,
-        "link": None if alone or not case.transport else "loopback",
+        "link": None if alone or not case.transport else _link(case),
     }
+
+
+def _link(case) -> str:
+    return f"shaped to {case.link_mbit} Mbit/s" if case.link_mbit else "loopback"
 
 
 def time_us(times_s: list[list[float]]) -> dict[str, float]:

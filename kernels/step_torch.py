@@ -11,6 +11,9 @@ import torch
 # and its partial out are what these bound. Below 2048 the fused op slows down (1024: by 10 %).
 BLOCK_Q = 2048
 BLOCK_K = 4096
+# Up to so many rows, the query heads of a key head become rows of one product: K and V are read
+# once for all of them. With more rows it makes no difference.
+PACKED_Q = 256
 # Rows per block of the plain path, whose scores are [nheads, PLAIN_Q, PLAIN_K] float32.
 PLAIN_Q = 256
 PLAIN_K = 1024
@@ -102,9 +105,15 @@ def _fused(q, k, v, causal, softmax_scale):
     piece has keys, and each of its rows sees at least one. One can: a row whose scores are all NaN
     or overflow gets lse = 0 and an out of no meaning. Returns None where that may have happened.
     """
+    batch, nheads, rows, headdim = q.shape
+    packed = not causal and nheads != k.shape[1] and rows <= PACKED_Q
+    if packed:
+        q = q.reshape(batch, k.shape[1], -1, headdim)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, scale=softmax_scale
     )
+    if packed:
+        out, lse = out.reshape(batch, nheads, rows, headdim), lse.reshape(batch, nheads, rows)
     return (out.transpose(1, 2), lse) if lse.all() else None
 
 
@@ -135,11 +144,12 @@ def merge_(out, lse, part_out, part_lse):
     float32, out [batch, rows, nheads, headdim], lse [batch, nheads, rows]. Neither lse may be
     +inf; -inf on either side or both is exact, NaN stays NaN, and inf in v stays inf.
     """
-    total = torch.logaddexp(lse, part_lse)
-    empty = total == float("-inf")
-    kept, added = (
-        torch.exp(x - total).masked_fill_(empty, 0.0).transpose(1, 2)[..., None]
-        for x in (lse, part_lse)
-    )
+    # Weights by the difference: exp(lse - total) would carry the rounding of total, once for each
+    # of many parts.
+    ahead = part_lse - lse
+    ahead.masked_fill_(lse == float("-inf"), float("inf"))
+    ahead.masked_fill_(part_lse == float("-inf"), float("-inf"))
+    added = torch.sigmoid(ahead).transpose(1, 2)[..., None]
+    kept = torch.sigmoid(ahead.neg_()).transpose(1, 2)[..., None]
     out.mul_(kept).addcmul_(part_out, added)
-    lse.copy_(total)
+    torch.logaddexp(lse, part_lse, out=lse)

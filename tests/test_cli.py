@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from ringkern import cli, demo, profile
+from ringkern import cli, profile
 
 
 def options(parser):
@@ -24,7 +24,17 @@ def options(parser):
 FROZEN = {
     "bench": ["--json", "--list", "--quick", "-h", "cases"],
     "calibrate": ["--json", "--out", "--ranks", "--seconds", "--threads", "-h"],
-    "demo": ["--json", "--picture", "--ranks", "--timeout", "--tokens", "-h", "file"],
+    "demo": [
+        "--decode",
+        "--follow-up",
+        "--json",
+        "--picture",
+        "--ranks",
+        "--timeout",
+        "--tokens",
+        "-h",
+        "file",
+    ],
     "doctor": ["--json", "-h"],
     "plan": [
         "--headdim",
@@ -39,6 +49,24 @@ FROZEN = {
         "--rank",
         "--window",
         "--world-size",
+        "-h",
+    ],
+    "trace": [
+        "--cached",
+        "--decode",
+        "--dtype",
+        "--headdim",
+        "--json",
+        "--layers",
+        "--method",
+        "--new",
+        "--nheads",
+        "--nheads-k",
+        "--out",
+        "--ranks",
+        "--threads",
+        "--timeout",
+        "--window",
         "-h",
     ],
 }
@@ -96,6 +124,59 @@ def test_calibrate_writes_a_profile(capsys, tmp_path):
     assert profile.load(str(path)) == profile.load(json.loads(out))
 
 
+def test_trace_runs_every_stage_and_writes_a_trace(capsys, tmp_path):
+    path = tmp_path / "trace.json"
+    path.write_text("an older one")
+    argv = ["trace", "--ranks", "3", "--cached", "90", "--new", "40", "--decode", "2"]
+    argv += ["--window", "50", "0", "--dtype", "bfloat16", "--out", str(path), "--json"]
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    *stages, last = [json.loads(line) for line in out.splitlines()]
+    assert [(s["stage"], s["tokens"], s["calls"]) for s in stages] == [
+        ("prefill", 90, 2),
+        ("prefill on cache", 40, 2),
+        ("decode", 2, 4),
+    ]
+    assert all("predicted" in stage["reason"] for stage in stages)
+    assert all(len(stage["rank_ms"]) == 3 for stage in stages)
+    assert all(0 <= stage["exposed"] <= 1 and stage["bytes_sent"] > 0 for stage in stages)
+    assert last["trace"] == str(path) and last["window"] == [50, 0]
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.json"]
+    events = json.loads(path.read_text())["traceEvents"]
+    calls = [event["name"] for event in events if event.get("cat") == "call"]
+    assert len(calls) == 3 * 8
+    assert set(calls) == {m for stage in stages for m in stage["method"].split(", ")}
+    sent = sum(event["args"].get("bytes", 0) for event in events)
+    assert sent == sum(stage["bytes_sent"] for stage in stages)
+
+
+def test_trace_prints_a_table(capsys, tmp_path):
+    path = tmp_path / "trace.json"
+    argv = ["trace", "--ranks", "2", "--cached", "0", "--new", "20", "--decode", "1"]
+    code, out, err = run(
+        capsys, *argv, "--method", "pass_q", "--window", "0", "0", "--out", str(path)
+    )
+    lines = out.splitlines()
+    assert code == 0, err
+    assert lines[0].split() == ["stage", "tokens", "method", "ms", "MB", "sent", "exposed"]
+    assert [line.split()[:-3] for line in lines[1:3]] == [
+        ["prefill", "on", "cache", "20", "pass_q"],
+        ["decode", "1", "pass_q"],
+    ]
+    assert lines[1].split()[-2] == "0.00", "a token that sees itself alone needs nothing sent"
+    assert lines[3] == "prefill on cache: as asked" and "ui.perfetto.dev" in lines[-1]
+
+
+def test_a_trace_that_fails_leaves_the_older_one(capsys, tmp_path):
+    path = tmp_path / "trace.json"
+    path.write_text("an older one")
+    argv = ["trace", "--ranks", "2", "--cached", "90", "--timeout", "1e-9", "--out", str(path)]
+    code, out, err = run(capsys, *argv)
+    assert code == 1 and not out and "ranks of run_rank" in err
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.json"]
+    assert path.read_text() == "an older one"
+
+
 def test_plan_needs_no_torch():
     code = (
         "import sys; from ringkern.cli import main;"
@@ -113,9 +194,25 @@ def test_plan_needs_no_torch():
         (["plan", "--world-size", "2", "--lengths", "9", "--rank", "2"], "rank: want 0 to 1"),
         (["plan", "--world-size", "2", "--lengths", "9", "--method", "x"], "method: want one of"),
         (["calibrate", "--ranks", "0"], "ranks: want at least 1"),
+        (["trace", "--ranks", "0"], "ranks: want at least 1"),
+        (["trace", "--threads", "0"], "threads: want at least 1"),
+        (["trace", "--new", "-1"], "new: want at least 0"),
+        (["trace", "--new", "0", "--cached", "0"], "new: want at least 1 token"),
+        (["trace", "--layers", "0"], "layers: want at least 1"),
+        (["trace", "--nheads", "3"], "nheads: want a multiple of nheads_k = 2"),
+        (["trace", "--headdim", "0"], "headdim: want at least 1"),
+        (["trace", "--dtype", "int8"], "dtype: want float16, bfloat16, float32"),
+        (["trace", "--method", "x"], "method: want auto or one of"),
+        (["trace", "--window", "-2", "0"], "window_size: want two ints"),
+        (["trace", "--timeout", "0"], "timeout: want seconds"),
+        (["trace", "--out", "no/such/folder/x"], "out: want a file in a folder"),
         (["demo", "no/such/file"], "file: want a readable file, got no/such/file"),
         (["demo", "--ranks", "0"], "ranks: want at least 1"),
         (["demo", "--tokens", "0"], "tokens: want at least 1"),
+        (["demo", "--decode", "0"], "decode: want at least 1"),
+        (["demo", "--follow-up", "-1"], "follow_up: want at least 1"),
+        (["demo", "--timeout", "0"], "timeout: want more than 0"),
+        (["demo", "--picture", "no/such/folder/a.png"], "picture: want a file in a folder"),
         (["demo", __file__, "--tokens", "99999999"], "tokens: want at most"),
     ],
 )
@@ -149,24 +246,3 @@ def test_doctor_reports_a_choice_that_cannot_be_made(capsys, monkeypatch):
     monkeypatch.setenv("RINGKERN_IFNAME", "nosuch0")
     code, out, _ = run(capsys, "doctor")
     assert code == 0 and "nothing: RINGKERN_IFNAME: want an interface" in out
-
-
-def test_demo_agrees_and_draws(capsys, tmp_path):
-    picture = tmp_path / "timeline.png"
-    argv = ["demo", __file__, "--tokens", "301", "--ranks", "3", "--json"]
-    code, out, err = run(capsys, *argv, "--picture", str(picture))
-    rows = [json.loads(line) for line in out.splitlines()]
-    assert code == 0, err
-    assert [row["tokens"] for row in rows[:3]] == [101, 100, 100]
-    assert all(row["bytes_sent"] == row["bytes_planned"] > 0 for row in rows[:3])
-    assert rows[3]["ok"] and rows[3]["largest_error"] < 1e-5
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_demo_fails_where_tokens_differ(capsys, tmp_path, monkeypatch):
-    """A plan that is off by one token in the comparison: exit code 1, not a picture of success."""
-    alone = demo.run_alone
-    monkeypatch.setattr(demo, "run_alone", lambda *args: alone(*args).roll(1, 0))
-    argv = ["demo", __file__, "--tokens", "64", "--ranks", "2"]
-    code, out, _ = run(capsys, *argv, "--picture", str(tmp_path / "timeline.png"))
-    assert code == 1 and "NOT every token" in out

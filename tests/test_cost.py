@@ -31,8 +31,7 @@ def test_bytes_by_hand():
 def test_the_paper_s_ring_iteration():
     """paper.md table 5, 10 % new: 1608 us of attention, 631 us for K and V, at CP4."""
     plan = plan_of(4, 115200, 12800)
-    steps = cost.make_schedule(plan, 0, "pass_kv")
-    attend, exchange = cost.step_us(steps[1], PAPER, GTT)
+    attend, exchange = cost.steps_us(plan, PAPER, GTT)["pass_kv"][1, 0]
     assert attend == pytest.approx(1608, rel=0.1)
     assert exchange == pytest.approx(631, rel=0.1)
 
@@ -117,4 +116,4 @@ def test_ranks_choose_alike():
 def test_calibration_gives_every_rank_the_same():
     profiles = run_threads(lambda ring: calibrate.measure(ring, 0.1), 3)
     assert profiles[0] == profiles[1] == profiles[2]
-    assert profiles[0].link_gb_s > 0 and len(profiles[0].attend_tflops) == len(calibrate.ROWS)
+    assert profiles[0].link_gb_s > 0 and len(profiles[0].attend_tflops) == len(calibrate.SHAPES)

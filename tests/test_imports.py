@@ -23,6 +23,9 @@ ALLOWED = {
     "profile": {"errors", "types"},
     "env": {"errors"},
     "stats": set(),
+    "clock": set(),
+    "trace": {"clock", "stats"},
+    "tracer": {"errors", "env", "clock", "stats", "trace"},
     "problem": {"errors", "types"},
     "packed": {"errors"},
     "kernels": set(),
@@ -31,6 +34,8 @@ ALLOWED = {
     "transport_local": {"errors"},
     "transport": {"errors", "env", "rendezvous", "transport_local", "_C"},
     "agreement": {"errors", "plan", "types"},
+    "collectives": {"agreement", "errors"},
+    "program": {"blocks", "local", "plan", "types"},
     "blocks": {"cost", "plan", "types"},
     "cache": {"errors", "pages", "placement", "plan", "problem"},
     "calibrate": {"local", "tiles", "profile", "types"},
@@ -44,10 +49,13 @@ ALLOWED = {
         "local",
         "problem",
         "stats",
+        "tracer",
         "blocks",
         "cache",
         "calibrate",
         "agreement",
+        "collectives",
+        "program",
     },
     "attn": {"errors", "types", "tiles", "local", "problem", "packed"},
     "api": {
@@ -64,7 +72,8 @@ ALLOWED = {
     },
 }
 # The command, and what only it runs.
-PROGRAMS = {"cli", "__main__", "demo", "doctor", "launch", "model", "plan_printer"}
+PROGRAMS = {"cli", "__main__", "doctor", "launch", "model", "plan_printer", "workload"}
+PROGRAMS |= {"demo", "demo_check", "demo_picture", "demo_report", "demo_session"}
 NO_TORCH = {
     "errors",
     "types",
@@ -78,6 +87,8 @@ NO_TORCH = {
     "profile",
     "env",
     "stats",
+    "clock",
+    "trace",
 }
 
 

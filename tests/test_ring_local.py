@@ -128,15 +128,15 @@ def test_unshard_inverts_shard(world_size, layout, seqlen, dim, told):
 
 def reversed_ring(monkeypatch):
     """Plant a fault: pass K and V to the previous rank instead of the next."""
-    post = LocalTransport.exchange
+    post = LocalTransport.post
 
-    def mirrored(self, sends, recvs):
+    def mirrored(self, sends, recvs, keep):
         def mirror(messages):
-            return [((2 * self.rank - peer) % self.world_size, x) for peer, x in messages]
+            return [((2 * self.rank - peer) % self.world_size, *rest) for peer, *rest in messages]
 
-        return post(self, mirror(sends), mirror(recvs))
+        return post(self, mirror(sends), mirror(recvs), keep)
 
-    monkeypatch.setattr(LocalTransport, "exchange", mirrored)
+    monkeypatch.setattr(LocalTransport, "post", mirrored)
 
 
 def merge_one_percent_off(monkeypatch):
@@ -151,12 +151,12 @@ def merge_one_percent_off(monkeypatch):
 
 def mask_off_by_one(monkeypatch):
     """Plant a fault: a query does not see its own key."""
-    make_spans = tiles.make_spans
+    make_spans_each = tiles.make_spans_each
 
-    def faulty(q_runs, k_runs, left, right):
-        return make_spans(q_runs, k_runs, left, right - 1)
+    def faulty(tables, left, right):
+        return make_spans_each(tables, left, right - 1)
 
-    monkeypatch.setattr(tiles, "make_spans", faulty)
+    monkeypatch.setattr(tiles, "make_spans_each", faulty)
 
 
 @pytest.mark.parametrize("fault", [reversed_ring, merge_one_percent_off, mask_off_by_one])

@@ -177,7 +177,8 @@ def _attend(q, k, v, edges_q, edges_k, problem: Problem, sinks):
     k_runs = whole_runs(edges_k, np.zeros_like(lengths_k))
     left, right = tiles.bounds(problem.causal, problem.window_size)
     out, lse = local.make_state(q, problem.headdim_v, sinks)
-    local.step(q, k, v, out, lse, tiles.make_spans(q_runs, k_runs, left, right), problem)
+    spans = local.prepare(tiles.make_spans(q_runs, k_runs, left, right))
+    local.step(q, k, v, out, lse, spans, problem)
     return out.to(q.dtype), lse
 
 

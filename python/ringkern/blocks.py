@@ -8,7 +8,7 @@ import torch
 
 from ringkern.cost import block_bytes
 from ringkern.plan import Plan
-from ringkern.types import Move, Problem
+from ringkern.types import Problem
 
 
 class Pool:
@@ -24,8 +24,7 @@ class Pool:
             return self._spare.pop(min(fit, key=lambda i: self._spare[i].numel()))
         if self._spare:  # a ring that grows keeps as many buffers as it needs, not all it had
             del self._spare[max(range(len(self._spare)), key=lambda i: self._spare[i].numel())]
-        with torch.inference_mode(False):  # used by later calls too, inside that mode or outside
-            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def give(self, buffer: torch.Tensor) -> None:
         self._spare.append(buffer)
@@ -35,78 +34,32 @@ class Pool:
 
 
 class Blocks:
-    """The blocks of one call on one rank, by kind and rank."""
+    """The blocks that a rank holds at one point of its steps, by kind and rank.
 
-    def __init__(self, pool: Pool, plan: Plan, problem: Problem, rank: int, q, partial_dtype):
-        self._pool, self._plan, self._problem, self._rank = pool, plan, problem, rank
-        self._q = q.contiguous()
+    Kinds: "kv", "q"; "part", what is computed here for another rank's queries; "arrived", what
+    another rank computed for this rank's.
+    """
+
+    def __init__(self, pool: Pool, plan: Plan, problem: Problem, dtype, device, partial_dtype):
+        self._pool, self._plan, self._problem = pool, plan, problem
+        self._dtype, self._device = dtype, device
         self._partial_dtype = partial_dtype or torch.float32
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
-
-    # ---- sizes
+        self._tokens: dict[tuple[str, int], int] = {}
 
     def nbytes(self, kind: str, tokens: int) -> int:
         """Return the bytes of a block on the wire."""
+        kind = "part" if kind == "arrived" else kind
         return block_bytes(kind, tokens, self._problem, self._partial_dtype.itemsize)
 
-    # ---- blocks as tensors
+    # ---- taking and dropping
 
-    def load_kv(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return room for this rank's K and V on the wire, for the caller to fill."""
-        self._hold("kv", self._rank, self._plan.kv_tokens(self._rank))
-        return self.kv(self._rank)
-
-    def kv(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a rank's K and V, [batch, tokens, nheads_k, headdim(_v)], as views."""
-        problem, tokens = self._problem, self._plan.kv_tokens(rank)
-        flat = self._buffers["kv", rank][: self.nbytes("kv", tokens)].view(self._q.dtype)
-        shape = problem.batch, tokens, problem.nheads_k
-        k_size = problem.batch * tokens * problem.nheads_k * problem.headdim
-        v_size = problem.batch * tokens * problem.nheads_k * problem.headdim_v
-        k, v = flat[:k_size], flat[k_size : k_size + v_size]
-        return k.view(*shape, problem.headdim), v.view(*shape, problem.headdim_v)
-
-    def q(self, rank: int) -> torch.Tensor:
-        """Return a rank's queries, [batch, tokens, nheads, headdim]."""
-        if rank == self._rank:
-            return self._q
-        problem, tokens = self._problem, self._plan.num_tokens(rank)
-        flat = self._buffers["q", rank][: self.nbytes("q", tokens)].view(self._q.dtype)
-        return flat.view(problem.batch, tokens, problem.nheads, problem.headdim)
-
-    def make_part(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an empty float32 state for a rank's queries: what is computed for it here."""
-        tokens = self._plan.num_tokens(rank)
-        size = self._problem.batch * tokens * self._problem.nheads * (self._problem.headdim_v + 1)
-        self._buffers["part", rank] = buffer = self._pool.take(4 * size, self._q.device)
-        out, lse = self._part_views(buffer, tokens, torch.float32)
-        return out.zero_(), lse.fill_(float("-inf"))
-
-    def arrived(self, move: Move) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the part that came from a peer, float32."""
-        buffer = self._buffers["arrived", move.peer]
-        out, lse = self._part_views(buffer, move.tokens, self._partial_dtype)
-        return out.float(), lse
-
-    # ---- on the wire
-
-    def outgoing(self, move: Move) -> torch.Tensor:
-        """Return the bytes to send."""
-        nbytes = self.nbytes(move.kind, move.tokens)
-        if move.kind == "q" and move.rank == self._rank:
-            return self._q.view(-1).view(torch.uint8)
-        if move.kind == "part" and self._partial_dtype != torch.float32:
-            self._cast_part(move)
-        return self._buffers[move.kind, move.rank][:nbytes]
-
-    def incoming(self, move: Move) -> torch.Tensor:
-        """Return where to receive the bytes."""
-        if move.kind == "part":
-            nbytes = self.nbytes("part", move.tokens)
-            buffer = self._buffers["arrived", move.peer] = self._pool.take(nbytes, self._q.device)
-        else:
-            buffer = self._hold(move.kind, move.rank, move.tokens)
-        return buffer[: self.nbytes(move.kind, move.tokens)]
+    def take(self, kind: str, rank: int, tokens: int) -> None:
+        """Hold a block of so many tokens, not filled yet."""
+        nbytes = self.nbytes(kind, tokens)
+        if kind in ("kv", "q"):  # as large as the largest: any two of a ring can change places
+            nbytes = self.nbytes(kind, self._most(kind))
+        self._hold(kind, rank, tokens, nbytes)
 
     def drop(self, kind: str, rank: int) -> None:
         """Give a block's buffer back to the pool, if there is one."""
@@ -118,33 +71,67 @@ class Blocks:
         for kind, rank in list(self._buffers):
             self.drop(kind, rank)
 
-    # ---- inside
+    # ---- as bytes and as tensors
 
-    def _hold(self, kind, rank, tokens):
-        # As large as the largest of its kind, so that any two of a ring can change places.
-        count = self._plan.kv_tokens if kind == "kv" else self._plan.num_tokens
-        key = "most tokens", kind
-        if key not in self._plan.memo:
-            self._plan.memo[key] = max(count(r) for r in range(self._plan.world_size))
-        nbytes = self.nbytes(kind, self._plan.memo[key])
-        self._buffers[kind, rank] = buffer = self._pool.take(nbytes, self._q.device)
-        return buffer
+    def wire(self, kind: str, rank: int) -> torch.Tensor:
+        """Return the bytes of a block as they travel."""
+        return self._buffers[kind, rank][: self.nbytes(kind, self._tokens[kind, rank])]
 
-    def _part_views(self, buffer, tokens, dtype):
+    def kv(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a rank's K and V, [batch, tokens, nheads_k, headdim(_v)]."""
         problem = self._problem
+        shape = problem.batch, self._tokens["kv", rank], problem.nheads_k
+        flat = self.wire("kv", rank).view(self._dtype)
+        k_size = shape[0] * shape[1] * shape[2] * problem.headdim
+        return (
+            flat[:k_size].view(*shape, problem.headdim),
+            flat[k_size:].view(*shape, problem.headdim_v),
+        )
+
+    def q(self, rank: int) -> torch.Tensor:
+        """Return a rank's queries, [batch, tokens, nheads, headdim]."""
+        problem = self._problem
+        shape = problem.batch, self._tokens["q", rank], problem.nheads, problem.headdim
+        return self.wire("q", rank).view(self._dtype).view(shape)
+
+    def make_part(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return room for (out, lse) of a rank's queries against this rank's keys, float32."""
+        tokens = self._plan.num_tokens(rank)
+        rows = self._problem.batch * tokens * self._problem.nheads
+        self._hold("part", rank, tokens, 4 * rows * (self._problem.headdim_v + 1))
+        return self.part("part", rank, torch.float32)
+
+    def part(self, kind: str, rank: int, dtype=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (out, lse) of a block, out in the dtype that travels unless one is given."""
+        problem, dtype = self._problem, dtype or self._partial_dtype
+        buffer, tokens = self._buffers[kind, rank], self._tokens[kind, rank]
         rows = problem.batch * problem.nheads * tokens
         lse = buffer[: 4 * rows].view(torch.float32)
         out = buffer[4 * rows : (4 + problem.headdim_v * dtype.itemsize) * rows].view(dtype)
         out = out.view(problem.batch, tokens, problem.nheads, problem.headdim_v)
         return out, lse.view(problem.batch, problem.nheads, tokens)
 
-    def _cast_part(self, move):
-        """Put the part's out into the dtype that travels."""
-        full = self._buffers["part", move.rank]
-        out, lse = self._part_views(full, move.tokens, torch.float32)
-        nbytes = self.nbytes("part", move.tokens)
-        self._buffers["part", move.rank] = small = self._pool.take(nbytes, self._q.device)
-        small_out, small_lse = self._part_views(small, move.tokens, self._partial_dtype)
-        small_out.copy_(out)
-        small_lse.copy_(lse)
+    def cast_part(self, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Put a computed part into the dtype that travels; return what to copy, as (from, to)."""
+        if self._partial_dtype == torch.float32:
+            return []
+        full = self._buffers["part", rank]
+        computed = self.part("part", rank, torch.float32)
+        tokens = self._tokens["part", rank]
+        self._hold("part", rank, tokens, self.nbytes("part", tokens))
         self._pool.give(full)
+        return list(zip(computed, self.part("part", rank), strict=True))
+
+    # ---- inside
+
+    def _hold(self, kind, rank, tokens, nbytes):
+        self._buffers[kind, rank] = self._pool.take(nbytes, self._device)
+        self._tokens[kind, rank] = tokens
+
+    def _most(self, kind):
+        """Return the most tokens that any rank's block of this kind has."""
+        count = self._plan.kv_tokens if kind == "kv" else self._plan.num_tokens
+        key = "most tokens", kind
+        if key not in self._plan.memo:
+            self._plan.memo[key] = max(count(r) for r in range(self._plan.world_size))
+        return self._plan.memo[key]

@@ -1,5 +1,7 @@
 """The paged KV cache: one rank's shard of every sequence's K and V, for all layers."""
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -8,6 +10,8 @@ from ringkern.pages import PageTable
 from ringkern.placement import Placement
 from ringkern.plan import Plan
 from ringkern.problem import DTYPES
+
+_numbers = itertools.count()
 
 
 class _Reservation:
@@ -19,6 +23,7 @@ class _Reservation:
         self.all_slots = all_slots  # and of all, in the order of plan.kv_runs()
         self.before = before  # serial of the latest earlier plan of any of these sequences
         self.layers = set()  # that have run
+        self.fits = set()  # problems that were checked
 
 
 class KVCache:
@@ -80,6 +85,7 @@ class KVCache:
             placement.world_size,
         )
         self.ring, self.placement, self.dtype = ring, placement, dtype
+        self.number = next(_numbers)  # in the memos of plans: never another cache's
         self.num_layers, self.page_size, self.num_pages = num_layers, page_size, num_pages
         slots = num_pages * page_size
         # [num_layers, 1, slots, nheads_k, headdim(_v)]: a layer is a batch of one, as steps take it
@@ -99,10 +105,33 @@ class KVCache:
 
     def check_call(self, ring, plan: Plan, layer: int, problem) -> None:
         """Raise ArgumentError unless the call fits this cache. Changes nothing."""
+        reservation = self._reservation(plan)
+        if reservation is None or problem not in reservation.fits or ring is not self.ring:
+            self._check_fit(ring, plan, problem)
+            if reservation:
+                reservation.fits.add(problem)
+        if type(layer) is not int or not 0 <= layer < self.num_layers:
+            check(False, "layer", f"0 to {self.num_layers - 1}", repr(layer))
+        if reservation is None:
+            self._check_new(plan)
+            before = max((self._serials.get(number, 0) for number in plan.numbers), default=0)
+        else:
+            if layer in reservation.layers:
+                got = f"plan {plan.serial} for layer {layer} again"
+                check(False, "plan", "one that has not run", got)
+            before = reservation.before
+        if self._ran[layer] < before:
+            check(
+                False,
+                "layer",
+                f"one in which plan {before} has run",
+                f"{layer}, where plan {self._ran[layer]} was the latest",
+                "Run every plan in every layer.",
+            )
+
+    def _check_fit(self, ring, plan, problem) -> None:
         check(ring is self.ring, "cache", "one that was made for this ring", "another's")
         check(plan.source is self.placement, "plan", "one of the cache's placement", "another's")
-        ok = isinstance(layer, int) and 0 <= layer < self.num_layers
-        check(ok, "layer", f"0 to {self.num_layers - 1}", repr(layer))
         for what, got, want in (
             ("nheads_k", problem.nheads_k, self._k.shape[-2]),
             ("headdim", problem.headdim, self._k.shape[-1]),
@@ -111,26 +140,6 @@ class KVCache:
         ):
             check(got == want, what, f"{want}, as the cache", got)
         check(problem.batch == 1, "batch", "1 with a cache", problem.batch)
-        reservation = self._reservation(plan)
-        if reservation is None:
-            self._check_new(plan)
-            before = max((self._serials.get(number, 0) for number in plan.numbers), default=0)
-        else:
-            again = layer in reservation.layers
-            check(
-                not again,
-                "plan",
-                "one that has not run",
-                f"plan {plan.serial} for layer {layer} again",
-            )
-            before = reservation.before
-        check(
-            self._ran[layer] >= before,
-            "layer",
-            f"one in which plan {before} has run",
-            f"{layer}, where plan {self._ran[layer]} was the latest",
-            "Run every plan in every layer.",
-        )
 
     def write(self, plan: Plan, layer: int, k, v) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new tokens' K and V, [1, n_local, nheads_k, headdim(_v)], checked before.
@@ -140,9 +149,13 @@ class KVCache:
         reservation = self._reservation(plan) or self._reserve(plan)
         reservation.layers.add(layer)
         self._ran[layer] = max(self._ran[layer], plan.serial)
-        for pool, new in ((self._k, k), (self._v, v)):
-            pool[layer].index_copy_(1, reservation.new_slots, new)
+        self.store(layer, reservation.new_slots, k, v)
         return self._k[layer], self._v[layer]
+
+    def store(self, layer: int, slots: torch.Tensor, k, v) -> None:
+        """Copy K and V, [1, len(slots), ...], into slots of a layer."""
+        self._k[layer].index_copy_(1, slots, k)
+        self._v[layer].index_copy_(1, slots, v)
 
     def runs(self, plan: Plan) -> np.ndarray:
         """Return where K and V of the plan's sequences lie on this rank.
@@ -206,29 +219,22 @@ class KVCache:
     # ---- reserving
 
     def _reservation(self, plan: Plan) -> _Reservation | None:
-        return plan.memo.get(("cache", id(self)))
+        return plan.memo.get(("cache", self.number))
 
     def _check_new(self, plan: Plan) -> None:
-        for sequence, number, start in zip(plan.sequences, plan.numbers, plan.starts, strict=True):
-            alive = self.placement.is_current(sequence, number, plan.serial)
-            check(
-                alive,
-                "plan",
-                "one whose sequences are as it left them",
-                f"{sequence!r} changed since by truncate, fork or free",
-                "Plan again.",
-            )
+        starts = plan.starts.tolist()
+        for sequence, number, start in zip(plan.sequences, plan.numbers, starts, strict=True):
+            if not self.placement.is_current(sequence, number, plan.serial):
+                want = "one whose sequences are as it left them"
+                got = f"{sequence!r} changed since by truncate, fork or free"
+                check(False, "plan", want, got, "Plan again.")
             has = self._lengths.get(number, 0)
-            check(
-                has == start,
-                "plan",
-                f"one for the {has} tokens of {sequence!r} that have run",
-                f"one on top of {start}",
-                "Run the plans in the order they were made, each once.",
-            )
-        for rank, table in enumerate(self._tables):
-            counts = plan.counts([rank])[:, 0].tolist()
-            need = sum(table.pages_for(n, c) for n, c in zip(plan.numbers, counts, strict=True))
+            if has != start:
+                want = f"one for the {has} tokens of {sequence!r} that have run"
+                hint = "Run the plans in the order they were made, each once."
+                check(False, "plan", want, f"one on top of {start}", hint)
+        for rank, (table, new) in enumerate(zip(self._tables, self._new(plan), strict=True)):
+            need = sum(table.pages_for(number, count) for number, count in new)
             if need > table.num_free:
                 raise ArgumentError(
                     f"num_pages: want {need} free pages on rank {rank} for this plan, got "
@@ -236,11 +242,19 @@ class KVCache:
                     "sequence and call again, or make the cache with more pages."
                 )
 
+    def _new(self, plan: Plan) -> list[list[tuple[int, int]]]:
+        """Return for each rank which sequences get new tokens there, and how many."""
+        counts = plan.counts(range(plan.world_size)).T.tolist()
+        return [
+            [(number, count) for number, count in zip(plan.numbers, rank, strict=True) if count]
+            for rank in counts
+        ]
+
     def _reserve(self, plan: Plan) -> _Reservation:
         before = max((self._serials.get(number, 0) for number in plan.numbers), default=0)
-        for rank, table in enumerate(self._tables):
-            for number, count in zip(plan.numbers, plan.counts([rank])[:, 0].tolist(), strict=True):
-                copies = table.append(number, count) if count else []
+        for rank, (table, new) in enumerate(zip(self._tables, self._new(plan), strict=True)):
+            for number, count in new:
+                copies = table.append(number, count)
                 for source, target in copies if rank == self.ring.rank else ():
                     self._copy_page(source, target)
         for number, start, length in zip(
@@ -249,14 +263,16 @@ class KVCache:
             self._lengths[number] = start + length
             self._serials[number] = plan.serial
         runs = self._slot_runs(plan)
-        slots = np.concatenate([np.arange(n) + slot for _, slot, _, n, _ in runs.tolist()] or [[]])
+        before_run = np.cumsum(runs[:, 3]) - runs[:, 3]
+        slots = np.repeat(runs[:, 1] - before_run, runs[:, 3]) + np.arange(runs[:, 3].sum())
         # The last tokens of each sequence here are the new ones.
         packed = plan.kv_runs(self.ring.rank)
         new = np.repeat(packed[:, 2] >= plan.starts[packed[:, 0]], packed[:, 3])
-        all_slots = torch.from_numpy(slots.astype(np.int64)).to(self.ring.device)
-        new_slots = torch.from_numpy(slots[new].astype(np.int64)).to(self.ring.device)
+        all_slots, new_slots = (
+            torch.from_numpy(x).to(self.ring.device) for x in (slots, slots[new])
+        )
         reservation = _Reservation(runs, new_slots, all_slots, before)
-        plan.memo["cache", id(self)] = reservation
+        plan.memo["cache", self.number] = reservation
         return reservation
 
     def _slot_runs(self, plan: Plan) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -9,84 +10,151 @@ from ringkern import local, tiles
 from ringkern.profile import load
 from ringkern.types import Hardware, Problem
 
-ROWS = (1, 8, 64, 512, 2048)
-KEYS = 4096
-LINK_BYTES = 4 << 20
+SHAPES = (1, 4096), (8, 4096), (64, 2048), (512, 1024)  # query rows, keys
+LINK_BYTES = 64 << 10, 4 << 20  # the least and the most to time a link with
 
 
-def probe(ring) -> Hardware:
+# What is measured where nothing else is asked for: Llama 3's heads, 4 of them to a key head.
+TYPICAL = Problem(1, 16, 4, 64, 64, "float32", False, 0.125, (-1, -1), 0.0)
+
+
+def probe(ring, problem: Problem) -> Hardware:
     """Return a rough profile in some tenths of a second; every rank must call it."""
-    return measure(ring, 0.1, rows=(1, 16, 256), keys=1024)
+    return measure(ring, 0.3, problem, ((1, 1024), (16, 1024), (256, 256)))
 
 
-def measure(ring, budget_s: float = 3.0, rows=ROWS, keys=KEYS) -> Hardware:
+def measure(ring, budget_s: float = 3.0, problem: Problem = TYPICAL, shapes=SHAPES) -> Hardware:
     """Return the ring's profile; every rank must call it, and all get the same.
 
-    All ranks compute at once, and exchange with both neighbours at once, as they do in a call. Each
-    figure is the median of its repetitions on a rank, then the mean over the ranks.
+    All ranks compute at once, and exchange with both neighbours at once, as they do in a call. A
+    rank's figures of attention are means, so that ranks which share a core count what they wait for
+    it; of exchanges, medians. Then the mean over the ranks.
 
     Args:
-        budget_s: seconds to spend, about.
-        rows, keys: the shapes of attention to time.
+        budget_s: seconds to spend, about; more on a link that is slow for the least size.
+        problem: whose heads, head sizes and dtype to attend with.
+        shapes: (query rows, keys) of the attention to time.
     """
-    share = budget_s / (len(rows) + 4)
-    nheads, headdim = 4, 64
-    mine = {"attend_tflops": []}
-    for count in rows:
-        us = _attend_us(count, keys, nheads, headdim, share)
-        mine["attend_tflops"].append((count, 4 * count * keys * nheads * headdim / us / 1e6))
-    mine["span_us"] = _attend_us(1, 1, nheads, headdim, share)
-    mine["merge_gb_s"] = _merge_gb_s(nheads, headdim, share)
+    share = budget_s / (len(shapes) + 6)
+    ring.barrier()
+    mine = {"span_us": _mean_us(_attention(1, 1, problem), share), "attend_tflops": []}
+    per_pair = 2 * problem.nheads * (problem.headdim + problem.headdim_v)
+    for rows, keys in shapes:
+        us = _mean_us(_attention(rows, keys, problem), share)
+        us = max(us - mine["span_us"], us / 10)
+        mine["attend_tflops"].append((rows, per_pair * rows * keys / us / 1e6))
+    mine["merge_gb_s"] = _merge_gb_s(problem, share)
     mine["latency_us"] = _exchange_us(ring, 8, share)
-    exchange_us = _exchange_us(ring, LINK_BYTES, share)
-    mine["link_gb_s"] = LINK_BYTES / max(1e-3, exchange_us - mine["latency_us"]) / 1e3
+    mine["link_gb_s"], nbytes = _link(ring, share)
+    both = _both_us(ring, _attention(16, 1024, problem), 8, share)
+    mine["step_us"] = max(0.0, both.together - max(both.attend, mine["latency_us"]))
+    both = _both_us(ring, _attention(64, 1024, problem), nbytes, share)
+    exchange = mine["latency_us"] + nbytes / mine["link_gb_s"] / 1e3
+    lost = both.together - max(both.attend, exchange) - mine["step_us"]
+    mine["contention"] = min(1.0, max(0.0, lost / min(both.attend, exchange)))
     ranks = [json.loads(x) for x in ring.gather_bytes(json.dumps(mine).encode())]
 
     def mean(pick):
         return sum(pick(rank) for rank in ranks) / len(ranks)
 
-    rates = [(n, mean(lambda r, i=i: r["attend_tflops"][i][1])) for i, n in enumerate(rows)]
+    rates = [
+        (rows, mean(lambda r, i=i: r["attend_tflops"][i][1])) for i, (rows, _) in enumerate(shapes)
+    ]
     rest = {name: mean(lambda r, n=name: r[n]) for name in mine if name != "attend_tflops"}
     return load({"attend_tflops": rates, **rest})
 
 
-def _median_us(call, seconds: float, least: int = 3) -> float:
+def _mean_us(call, seconds: float, least: int = 3) -> float:
     call()
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < end:
-        start = time.perf_counter()
+    count, start = 0, time.perf_counter()
+    while count < least or time.perf_counter() < start + seconds:
         call()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2] * 1e6
+        count += 1
+    return (time.perf_counter() - start) / count * 1e6
 
 
-def _attend_us(rows, keys, nheads, headdim, seconds):
-    problem = Problem(1, nheads, nheads, headdim, headdim, "float32", False, 0.125, (-1, -1), 0.0)
-    q = torch.randn(1, rows, nheads, headdim)
-    k, v = (torch.randn(1, keys, nheads, headdim) for _ in range(2))
+def _attention(rows, keys, problem):
+    """Return a function that attends, of so many query rows to so many keys."""
+    dtype, nheads, nheads_k = getattr(torch, problem.dtype), problem.nheads, problem.nheads_k
+    q = torch.randn(1, rows, nheads, problem.headdim).to(dtype)
+    k = torch.randn(1, keys, nheads_k, problem.headdim).to(dtype)
+    v = torch.randn(1, keys, nheads_k, problem.headdim_v).to(dtype)
     run = torch.tensor([[0, 0, 0, rows, 1]]).numpy(), torch.tensor([[0, 0, 0, keys, 1]]).numpy()
-    spans = tiles.make_spans(*run, tiles.UNBOUNDED, tiles.UNBOUNDED)
-    state = local.make_state(q, headdim)
-    return _median_us(lambda: local.step(q, k, v, *state, spans, problem), seconds)
+    spans = local.prepare(tiles.make_spans(*run, tiles.UNBOUNDED, tiles.UNBOUNDED))
+    state = local.make_state(q, problem.headdim_v)
+    return lambda: local.step(q, k, v, *state, spans, problem)
 
 
-def _merge_gb_s(nheads, headdim, seconds):
-    q = torch.randn(1, 512, nheads, headdim)
-    state, part = local.make_state(q, headdim), (torch.randn_like(q), torch.zeros(1, nheads, 512))
-    us = _median_us(lambda: local.merge_(*state, *part), seconds)
+def _merge_gb_s(problem, seconds):
+    q = torch.randn(1, 512, problem.nheads, problem.headdim_v)
+    state = local.make_state(q, problem.headdim_v)
+    part = torch.randn_like(q), torch.zeros(1, problem.nheads, 512)
+    us = _mean_us(lambda: local.merge_(*state, *part), seconds)
     return 4 * (q.numel() + part[1].numel()) / us / 1e3
 
 
+def _link(ring, seconds):
+    """Return the rate of a send to the next rank with a receive from the previous one, and a size.
+
+    From the times of two sizes, so that what an exchange costs at any size is left out. The larger
+    fits the link: enough to be timed, and little for a slow one.
+    """
+    nbytes, most = LINK_BYTES
+    while nbytes < most:
+        us = max(ring.gather_int(int(_exchange_us(ring, nbytes, 0.0))))  # all ranks go on, or none
+        if us > 1e6 * seconds / 20:
+            break
+        nbytes *= 4
+    more = _exchange_us(ring, nbytes, seconds) - _exchange_us(ring, nbytes // 4, seconds / 2)
+    return (nbytes - nbytes // 4) / max(1e-3, more) / 1e3, nbytes
+
+
 def _exchange_us(ring, nbytes, seconds):
-    """Return the time of a send to the next rank with a receive from the previous one."""
+    """Return the median time of an exchange with both neighbours."""
     if ring.world_size == 1:
         return 1.0
-    count = ring.gather_int(max(5, int(seconds * (2e3 if nbytes < 1024 else 100))))[0]
+    post = _neighbours(ring, nbytes)
+    times = _repeat(ring, lambda: post().wait(), seconds)
+    return sorted(times)[len(times) // 2] * 1e6
+
+
+class _Both(NamedTuple):
+    """Mean microseconds of a step that attends while it exchanges."""
+
+    attend: float
+    together: float
+
+
+def _both_us(ring, attend, nbytes, seconds):
+    """Return the times of a step, as a call makes them, and of its attention alone."""
+    alone = _repeat(ring, attend, seconds / 2)
+    post = _neighbours(ring, nbytes) if ring.world_size > 1 else None
+
+    def step():
+        ticket = post and post()
+        attend()
+        if ticket:
+            ticket.wait()
+
+    together = _repeat(ring, step, seconds)
+    return _Both(*(sum(times) / len(times) * 1e6 for times in (alone, together)))
+
+
+def _neighbours(ring, nbytes):
+    """Return a function that posts an exchange with both neighbours, and returns its ticket."""
     send, recv = torch.zeros(2, nbytes, dtype=torch.uint8)
     before, after = ((ring.rank + way) % ring.world_size for way in (-1, 1))
-    times = []
-    for _ in range(count):
+    return lambda: ring.post([(after, send)], [(before, recv)])
+
+
+def _repeat(ring, call, seconds):
+    """Return the seconds of each of some calls, as many on every rank: at least 3."""
+
+    def timed():
         start = time.perf_counter()
-        ring.exchange([(after, send)], [(before, recv)])
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2] * 1e6
+        call()
+        return time.perf_counter() - start
+
+    timed()
+    first = max(ring.gather_int(int(1e9 * timed()) + 1)) / 1e9
+    return [timed() for _ in range(max(3, min(1000, int(seconds / first))))]

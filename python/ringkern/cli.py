@@ -23,12 +23,30 @@ def make_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="run a long text through a ring of processes and check every token",
-        description="Run a long text through a small decoder stack, its attention sharded over "
-        "processes on this host, and compare every token's hidden state with a run of one process.",
+        help="run a long text and two turns through a ring of processes, and check every token",
+        description="Run a session of two turns through a small decoder stack, its attention "
+        "sharded over processes on this host: a long prompt, decoding, a follow-up prompt on the "
+        "persistent cache, decoding. Compare every decoded token and every hidden state with a run "
+        "of one process.",
     )
     demo.add_argument("file", nargs="?", help="text to read; default: Python's standard library")
-    demo.add_argument("--tokens", type=int, default=8192, help="bytes of it (default: 8192)")
+    demo.add_argument(
+        "--tokens", type=int, default=8192, help="bytes of it, the first prompt (default: 8192)"
+    )
+    demo.add_argument(
+        "--follow-up",
+        type=int,
+        default=200,
+        metavar="N",
+        help="bytes after them, the second prompt (default: 200)",
+    )
+    demo.add_argument(
+        "--decode",
+        type=int,
+        default=32,
+        metavar="N",
+        help="tokens to decode per turn (default: 32)",
+    )
     demo.add_argument("--ranks", type=int, default=4, help="processes (default: 4)")
     demo.add_argument(
         "--picture",
@@ -117,9 +135,61 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("cases", nargs="*", metavar="CASE", help="ids or globs; default: all")
     bench.add_argument("--list", action="store_true", help="print the ids and stop")
     bench.add_argument("--quick", action="store_true", help="tiny sizes; records nothing")
-    for command in (demo, calibrate, doctor, plan, bench):
+    trace = _add_trace(commands)
+    for command in (demo, calibrate, doctor, plan, bench, trace):
         command.add_argument("--json", action="store_true", help="print one JSON object per line")
     return parser
+
+
+def _add_trace(commands) -> argparse.ArgumentParser:
+    trace = commands.add_parser(
+        "trace",
+        help="run prefills and decode on a ring of processes and write a trace of all ranks",
+        description="Run a prefill, a prefill on top of its cache and decode steps, attention only "
+        "and on random tensors, on a ring of processes on this host, and write what every rank did "
+        "when as a Chrome trace. For a program of your own set RINGKERN_TRACE.",
+    )
+    sizes = (
+        ("cached", 8192, "tokens of the first prefill; 0: none"),
+        ("new", 4096, "tokens of the second, on top of the cache; 0: none"),
+        ("decode", 4, "steps of one token"),
+        ("layers", 2, "attention layers"),
+        ("nheads", 8, "query heads"),
+        ("nheads-k", 2, "key heads"),
+        ("headdim", 64, "size of a head"),
+        ("ranks", 4, "processes"),
+        ("threads", 1, "per process"),
+    )
+    for name, size, text in sizes:
+        trace.add_argument(
+            f"--{name}", type=int, default=size, metavar="N", help=f"{text} (default: {size})"
+        )
+    trace.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+    trace.add_argument(
+        "--method", default="auto", help="auto (default), pass_kv, pass_q, gather_kv or gather_q"
+    )
+    trace.add_argument(
+        "--window",
+        type=int,
+        nargs=2,
+        default=(-1, -1),
+        metavar=("LEFT", "RIGHT"),
+        help="positions seen before and after; -1: no bound (default)",
+    )
+    trace.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds that an exchange may take (default: 60)",
+    )
+    trace.add_argument(
+        "--out",
+        default="ringkern-trace.json",
+        metavar="JSON",
+        help="where to write (default: ringkern-trace.json)",
+    )
+    return trace
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -132,6 +202,7 @@ def main(argv: list[str] | None = None) -> int:
             "doctor": _doctor,
             "plan": _plan,
             "bench": _bench,
+            "trace": _trace,
         }
         return commands[args.command](args)
     except ArgumentError as error:
@@ -148,7 +219,16 @@ def main(argv: list[str] | None = None) -> int:
 def _demo(args) -> int:
     from ringkern import demo
 
-    return demo.run(args.file, args.tokens, args.ranks, args.picture, args.json, args.timeout)
+    return demo.run(
+        args.file,
+        args.tokens,
+        args.follow_up,
+        args.decode,
+        args.ranks,
+        args.picture,
+        args.json,
+        args.timeout,
+    )
 
 
 def measure_rank(worker, seconds: float):
@@ -208,6 +288,30 @@ def _bench(args) -> int:
     sys.path.insert(0, str(here))
     flags = [f"--{name}" for name in ("list", "quick", "json") if getattr(args, name)]
     return importlib.import_module("bench.run").main([*flags, *args.cases])
+
+
+def _trace(args) -> int:
+    from ringkern import workload
+
+    names = [field.name for field in dataclasses.fields(workload.Workload)]
+    options = {name: getattr(args, name) for name in names}
+    work = workload.Workload(**options | {"window": tuple(args.window)})
+    stages = workload.run(work, args.ranks, args.threads, args.timeout, args.out)
+    if args.json:
+        for stage in stages:
+            print(json.dumps(stage))
+        print(json.dumps({"trace": args.out, "ranks": args.ranks, **dataclasses.asdict(work)}))
+        return 0
+    print(f"{'stage':18}{'tokens':>8}  {'method':12}{'ms':>10}{'MB sent':>10}{'exposed':>9}")
+    for stage in stages:
+        print(
+            f"{stage['stage']:18}{stage['tokens']:8}  {stage['method']:12}{stage['ms']:10.1f}"
+            f"{stage['bytes_sent'] / 1e6:10.2f}{stage['exposed']:9.1%}"
+        )
+    for stage in stages:
+        print(f"{stage['stage']}: {stage['reason']}")
+    print(f"written to {args.out}: open it in ui.perfetto.dev")
+    return 0
 
 
 def _ints(text: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from ringkern import tiles
 from ringkern.plan import Plan
-from ringkern.schedule import METHODS, make_schedule
+from ringkern.schedule import METHODS, make_spans, outline, visibility
 from ringkern.types import Hardware, Problem
 
 
@@ -37,49 +37,97 @@ def block_bytes(kind: str, tokens: int, problem: Problem, partial_itemsize: int 
     return problem.batch * tokens * per_token[kind]
 
 
-def attend_us(spans, problem: Problem, hardware: Hardware) -> float:
-    """Return the time of one local computation.
+def attend_us(spans: np.ndarray, problem: Problem, hardware: Hardware) -> np.ndarray:
+    """Return the time of each span, float64 [n].
 
-    A span takes a fixed cost, and 2 * pairs * nheads * (headdim + headdim_v) FLOPs at the rate that
-    was measured for so many query rows: few rows wait for K and V to be read.
+    A fixed cost, and 2 * pairs * nheads * (headdim + headdim_v) FLOPs at the rate that was measured
+    for so many query rows: few rows wait for K and V to be read.
     """
-    if not len(spans):
-        return 0.0
     rows, rates = (np.array(x, dtype=float) for x in zip(*hardware.attend_tflops, strict=True))
     rate = np.interp(np.log(spans[:, 1] - spans[:, 0]), np.log(rows), rates)
     flops = 2.0 * tiles.counts(spans) * problem.nheads * (problem.headdim + problem.headdim_v)
-    return float((problem.batch * flops / rate).sum() / 1e6 + len(spans) * hardware.span_us)
+    return problem.batch * flops / rate / 1e6 + hardware.span_us
 
 
-def step_us(step, problem: Problem, hardware: Hardware, partial_itemsize: int = 4):
-    """Return (attend, exchange) of one step on one rank."""
-    attend = sum(attend_us(work.spans, problem, hardware) for work in step.work)
-    sent, received = (
-        sum(block_bytes(m.kind, m.tokens, problem, partial_itemsize) for m in moves)
-        for moves in (step.sends, step.recvs)
-    )
-    messages = len(step.sends) + len(step.recvs)
+def steps_us(
+    plan: Plan,
+    problem: Problem,
+    hardware: Hardware,
+    methods: tuple[str, ...] = METHODS,
+    partial_itemsize: int = 4,
+) -> dict[str, np.ndarray]:
+    """Return what each step takes by each method, float64 [steps, ranks, 2]: (attend, exchange).
+
+    attend holds the merges too. Of a large ring, some ranks are looked at.
+    """
+    sides = tiles.bounds(problem.causal, problem.window_size)
+    sees = visibility(plan, *sides)
+    ranks = _sample(plan.world_size)
+    outlines = {method: [outline(method, rank, sees) for rank in ranks] for method in methods}
+    works = {
+        pair: 0.0
+        for each in outlines.values()
+        for steps in each
+        for step in steps
+        for pair in step.work
+    }
+    if works:
+        spans = make_spans(plan, works, sides, {})
+        times = attend_us(np.concatenate(spans), problem, hardware)
+        group = np.repeat(np.arange(len(spans)), [len(table) for table in spans])
+        works = dict(zip(works, np.bincount(group, times, len(spans)).tolist(), strict=True))
+    sizes = _sizes(plan, problem, partial_itemsize)
+    return {
+        method: np.array(
+            [
+                [_step_us(step, works, sizes, hardware) for step in together]
+                for together in zip(*each, strict=True)
+            ]
+        )
+        for method, each in outlines.items()
+    }
+
+
+def _sizes(plan, problem, partial_itemsize):
+    """Return the bytes of each rank's block, by kind."""
+    tokens = {"kv": plan.kv_tokens, "q": plan.num_tokens, "part": plan.num_tokens}
+    return {
+        kind: [
+            block_bytes(kind, count(rank), problem, partial_itemsize)
+            for rank in range(plan.world_size)
+        ]
+        for kind, count in tokens.items()
+    }
+
+
+def _step_us(step, works, sizes, hardware):
+    """Return (attend, exchange) of one outlined step on one rank."""
+    attend = sum(works[pair] for pair in step.work)
+    sent, received = (sum(sizes[k][r] for _, k, r in side) for side in (step.sends, step.recvs))
     exchange = 0.0
-    if messages:
+    if step.sends or step.recvs:
         exchange = hardware.latency_us + max(sent, received) / hardware.link_gb_s / 1e3
-    merged = sum(block_bytes("part", m.tokens, problem) for m in step.recvs if m.kind == "part")
+    merged = sum(sizes[kind][rank] for _, kind, rank in step.recvs if kind == "part")
     return attend + merged / hardware.merge_gb_s / 1e3, exchange
 
 
-def predict_us(plan: Plan, method: str, problem: Problem, hardware: Hardware) -> float:
-    """Return the time of one call by a method: the slowest rank of each step.
+def predict_us(
+    plan: Plan, problem: Problem, hardware: Hardware, methods: tuple[str, ...] = METHODS
+) -> dict[str, float]:
+    """Return the time of one call by each method: the slowest rank of each step.
 
-    A step's messages travel under its work, so it takes the longer of the two.
+    A step's messages travel under its work, so it takes the longer of the two, and more as far as
+    they are in each other's way. Where ranks exchange they also wait for one another: step_us.
     """
-    schedules = [
-        make_schedule(plan, rank, method, problem.causal, problem.window_size)
-        for rank in _sample(plan.world_size)
-    ]
-    total = 0.0
-    for index in range(len(schedules[0])):
-        costs = [step_us(steps[index], problem, hardware) for steps in schedules]
-        total += max(max(attend, exchange) for attend, exchange in costs)
-    return total
+
+    def total(us):
+        attend, exchange = us[..., 0], us[..., 1]
+        in_the_way = hardware.contention * np.minimum(attend, exchange)
+        steps = np.maximum(attend, exchange) + in_the_way + hardware.step_us * (exchange > 0)
+        return float(steps.max(axis=1).sum())
+
+    steps = steps_us(plan, problem, hardware, methods)
+    return {method: total(us) for method, us in steps.items()}
 
 
 # A gather holds K and V, or partial outputs, of all ranks at once. It must be worth it.
@@ -94,7 +142,7 @@ def choose(plan: Plan, problem: Problem, hardware: Hardware) -> Choice:
     """
     if plan.world_size == 1:
         return Choice("pass_kv", "one rank: nothing travels", dict.fromkeys(METHODS, 0.0))
-    predicted = {method: predict_us(plan, method, problem, hardware) for method in METHODS}
+    predicted = predict_us(plan, problem, hardware)
     burden = {m: 1.0 + GATHER_GAIN * m.startswith("gather") for m in METHODS}
     best = min(METHODS, key=lambda method: predicted[method] * burden[method])
     others = ", ".join(f"{m} {us:.0f}" for m, us in predicted.items() if m != best)

@@ -20,6 +20,7 @@ VARIABLES = {
     "RINGKERN_CHECKSUM": "1: check every payload by CRC32C",
     "RINGKERN_PROFILE": "a file that `ringkern calibrate` wrote, for the choice of method",
     "RINGKERN_CHECK": "1: compare the arguments of every call between ranks first",
+    "RINGKERN_TRACE": "a file for rank 0 to write a trace of all ranks to, when the ring closes",
 }
 MIN_SECRET = 32
 
@@ -37,6 +38,20 @@ def lanes() -> int:
     ok = value.isascii() and value.isdigit() and 1 <= int(value) <= 16
     check(ok, "RINGKERN_LANES", "1 to 16", repr(value))
     return int(value)
+
+
+def trace() -> str | None:
+    """Return RINGKERN_TRACE as an absolute path that could be written to; None if it is not set.
+
+    Every rank checks: a ring that fails leaves a part of the trace on each.
+    """
+    path = os.environ.get("RINGKERN_TRACE")
+    if not path:
+        return None
+    file = pathlib.Path(path).absolute()
+    ok = not file.is_dir() and file.parent.is_dir() and os.access(file.parent, os.W_OK | os.X_OK)
+    check(ok, "RINGKERN_TRACE", "a file in a folder that can be written to", path)
+    return str(file)
 
 
 def secret(argument: bytes | str | None) -> bytes | None:

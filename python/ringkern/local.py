@@ -37,18 +37,24 @@ def make_state(q, headdim_v: int, sinks=None):
     return out, lse
 
 
+def clear_(out, lse) -> None:
+    """Make a state that has seen no key, in place."""
+    out.zero_()
+    lse.fill_(float("-inf"))
+
+
+def prepare(spans):
+    """Return a table of spans as step() takes it: once for all layers."""
+    return spans.tolist()
+
+
 def step(q, k, v, out, lse, spans, problem) -> None:
-    """Add the keys of the spans to the running (out, lse), in place. Shapes as in step_torch."""
-    step_torch.step(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        spans.tolist(),
-        softmax_scale=problem.softmax_scale,
-        softcap=problem.softcap,
-    )
+    """Add the keys of the spans to the running (out, lse), in place. Shapes as in step_torch.
+
+    spans: as prepare() returned them.
+    """
+    scale, softcap = problem.softmax_scale, problem.softcap
+    step_torch.step(q, k, v, out, lse, spans, softmax_scale=scale, softcap=softcap)
 
 
 def merge_(out, lse, part_out, part_lse) -> None:

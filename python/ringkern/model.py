@@ -1,7 +1,8 @@
 """A small seeded decoder stack of Llama's shape, in plain torch, for the demo: no weights to fetch.
 
-RMSNorm, rotary positions, grouped-query attention, SwiGLU. Attention is passed in, so that one
-process and a ring run the same code.
+RMSNorm, rotary positions, grouped-query attention, SwiGLU, and a head that is not the embedding:
+with random weights a tied head would repeat the last token for ever. Attention is passed in, so
+that one process and a ring run the same code.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,8 @@ class Shape:
     headdim: int = 64
     vocab: int = 256
     rope_base: float = 10000.0
+    score_scale: float = 2.0  # of random queries: at 1 every key weighs about the same, and an
+    # output that averages thousands of values hardly shows which of them were lost
 
 
 class Decoder:
@@ -36,7 +39,7 @@ class Decoder:
         def matrix(rows, columns):
             return torch.randn(rows, columns, generator=draw) * columns**-0.5
 
-        self.embedding = torch.randn(shape.vocab, shape.hidden, generator=draw)
+        self.embedding, self.head = torch.randn(2, shape.vocab, shape.hidden, generator=draw)
         self.layers = [
             {
                 "qkv": matrix(q_size + 2 * k_size, shape.hidden),
@@ -46,6 +49,8 @@ class Decoder:
             }
             for _ in range(shape.layers)
         ]
+        for layer in self.layers:
+            layer["qkv"][:q_size] *= shape.score_scale
 
     @torch.inference_mode()
     def hidden_states(
@@ -56,21 +61,28 @@ class Decoder:
         Args:
             tokens: [seqlen] int64.
             positions: [seqlen] int64, each token's place in the whole sequence.
-            attend: (q, k, v) -> out, all packed [seqlen, heads, headdim].
+            attend: (layer, q, k, v) -> out, all packed [seqlen, heads, headdim]; layer from 0.
             progress: called with the number of each finished layer, from 1.
+
+        seqlen may be 0: what a rank without a new token runs, as attention needs every rank.
         """
         shape = self.shape
         sizes = [shape.nheads, shape.nheads_k, shape.nheads_k]
         x = self.embedding[tokens]
-        for number, layer in enumerate(self.layers, 1):
+        for number, layer in enumerate(self.layers):
             heads = F.linear(_norm(x), layer["qkv"]).unflatten(-1, (-1, shape.headdim))
             q, k, v = heads.split(sizes, dim=1)
             q, k = (_rotate(y, positions, shape.rope_base) for y in (q, k))
-            x = x + F.linear(attend(q, k, v).flatten(1), layer["out"])
+            x = x + F.linear(attend(number, q, k, v).flatten(1), layer["out"])
             gate, up = F.linear(_norm(x), layer["gate_up"]).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, layer["down"])
-            progress(number)
+            progress(number + 1)
         return _norm(x)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return [seqlen, vocab] float32 from hidden states [seqlen, hidden]."""
+        return F.linear(hidden, self.head)
 
 
 def _norm(x):

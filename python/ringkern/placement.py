@@ -108,8 +108,8 @@ class Placement:
             self,
         )
         self._keys[rows] = keys + self.world_size * plan.counts(range(self.world_size))
-        for rank in np.flatnonzero(plan.counts(range(self.world_size)).any(axis=0)).tolist():
-            for seq, _, *chunk in plan.runs(rank).tolist():
+        for rank, runs in enumerate(plan.all_runs()):
+            for seq, _, *chunk in runs.tolist():
                 held = records[seq].held
                 held[rank] = _appended(held[rank], Chunk(*chunk))
         for record, length in zip(records, lengths, strict=True):

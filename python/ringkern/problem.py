@@ -113,6 +113,22 @@ def _check_tensors(q, k, v, sinks, device):
         )
 
 
+def signature(q, k, v, sinks, *more):
+    """Return what make_problem() looks at, hashable: equal for calls that it answers alike.
+
+    None where the arguments are not even of such types.
+    """
+    try:
+        tensors = [x for x in (q, k, v, sinks) if x is not None]
+        looks = [(x.shape, x.stride(), x.dtype, x.device, x.layout) for x in tensors]
+        grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        key = (*looks, sinks is None, grad, *more, *map(type, more))
+        hash(key)
+    except (AttributeError, TypeError):
+        return None
+    return key
+
+
 def check_dims(q, k, v, dims: int, shape: str) -> None:
     """Raise unless q, k and v are tensors of `dims` dimensions; `shape` says which."""
     for name, x in (("q", q), ("k", k), ("v", v)):

@@ -25,10 +25,14 @@ def load(profile: "Hardware | str | pathlib.Path | dict") -> Hardware:
                 f"profile: want a file that `ringkern calibrate` wrote, got {profile}: {error}"
             ) from error
     check(isinstance(profile, dict), "profile", "a path or a Hardware", type(profile).__name__)
-    names = {field.name for field in dataclasses.fields(Hardware)}
-    check(set(profile) == names, "profile", f"the keys {sorted(names)}", sorted(profile))
+    fields = dataclasses.fields(Hardware)
+    names = {field.name for field in fields}
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    fits = needed <= set(profile) <= names
+    check(fits, "profile", f"the keys {sorted(names)}", sorted(profile))
     rates = tuple(sorted((int(rows), float(rate)) for rows, rate in profile["attend_tflops"]))
     values = {name: float(value) for name, value in profile.items() if name != "attend_tflops"}
-    least = min([rate for _, rate in rates] + list(values.values()))
-    check(rates and least > 0, "profile", "numbers above 0", profile)
+    above = [rate for _, rate in rates] + [values[name] for name in needed & set(values)]
+    ok = rates and min(above) > 0 and min(values.values()) >= 0
+    check(ok, "profile", "numbers above 0", profile)
     return Hardware(attend_tflops=rates, **values)

@@ -1,25 +1,26 @@
 """The ring: runs the steps of a schedule. The only module that sees kernels and transport both."""
 
-import contextlib
-
 import torch
 
 from ringkern import calibrate, env, local
-from ringkern.agreement import RECORD_BYTES, agree
-from ringkern.blocks import Blocks, Pool
+from ringkern.agreement import agree
+from ringkern.blocks import Pool
 from ringkern.cache import KVCache
+from ringkern.collectives import Collectives
 from ringkern.cost import Choice, choose
 from ringkern.errors import TransportError, UnsupportedError, check
 from ringkern.plan import Plan
-from ringkern.problem import check_dims, make_problem
+from ringkern.problem import check_dims, make_problem, signature
+from ringkern.program import Program
 from ringkern.schedule import check_method, make_schedule
 from ringkern.stats import Stats
+from ringkern.tracer import make_tracer
 from ringkern.types import Hardware, Problem
 
 PART_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
-class Ring:
+class Ring(Collectives):
     """The ranks that share a sequence. Made by init_ring(); a context manager.
 
     All ranks make the same calls in the same order. After a TransportError the ring is finished:
@@ -36,7 +37,10 @@ class Ring:
         self.rank, self.world_size = transport.rank, transport.world_size
         self.device, self.transport = device, transport.name
         self._stats = Stats()
+        self._tracer = make_tracer(transport, self._stats)
         self._pool = Pool()
+        self._programs: dict[tuple, Program] = {}  # of the latest plan
+        self._planned: Plan | None = None  # which that is
         self.compares_arguments = env.flag("RINGKERN_CHECK")
         self._closed = False
 
@@ -103,43 +107,16 @@ class Ring:
             UnsupportedError: this version cannot do it; nothing was sent.
             TransportError: a rank is gone or late; the error names it.
         """
-        asked = dict(
-            causal=causal, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap
-        )
-
-        def accept():
-            self._check_plan(plan)
-            check_method(method)
-            check(partial_dtype in PART_DTYPES, "partial_dtype", PART_DTYPES, partial_dtype)
-            check_dims(q, k, v, 3, "packed, [n_local, heads, headdim]")
-            problem = make_problem(q, k, v, **asked, sinks=sinks, device=self.device)
-            want = f"{plan.num_tokens(self.rank)} rows, rank {self.rank}'s share of the plan"
-            for name, x in (("q", q), ("k", k)):
-                check(len(x) == plan.num_tokens(self.rank), name, want, tuple(x.shape))
-            if cache is None:
-                check(
-                    not plan.has_history,
-                    "cache",
-                    "one, as the plan is on top of cached tokens",
-                    "None",
-                )
-                check(layer == 0, "layer", "0 without a cache", repr(layer))
-            else:
-                check(
-                    isinstance(cache, KVCache), "cache", "a KVCache or None", type(cache).__name__
-                )
-                cache.check_call(self, plan, layer, problem)
-            return problem
-
-        problem = agree(
-            self,
-            accept,
-            plan=plan,
-            method=method,
-            sinks=sinks,
-            layer=layer,
-            partial_dtype=partial_dtype,
-        )
+        mask = causal, softmax_scale, window_size, softcap
+        asked = *mask, method, partial_dtype, None if cache else layer
+        given = signature(q, k, v, sinks, *asked), type(cache), self.rank, self.world_size
+        known = given[0] and type(plan) is Plan and not (self._closed or self.compares_arguments)
+        problem = plan.memo.get(given) if known else None
+        if problem is None:
+            problem = self._accept(q, k, v, plan, cache, layer, method, mask, sinks, partial_dtype)
+            plan.memo[given] = problem
+        elif cache is not None:
+            cache.check_call(self, plan, layer, problem)
         out, lse = self.run(
             q[None],
             k[None],
@@ -153,6 +130,33 @@ class Ring:
             partial_dtype=partial_dtype,
         )
         return (out[0], lse[0]) if return_lse else out[0]
+
+    def _accept(self, q, k, v, plan, cache, layer, method, mask, sinks, partial_dtype):
+        """Return the Problem of a call's arguments, all checked."""
+        names = "causal", "softmax_scale", "window_size", "softcap"
+
+        def accept():
+            self._check_plan(plan)
+            check_method(method)
+            check(partial_dtype in PART_DTYPES, "partial_dtype", PART_DTYPES, partial_dtype)
+            check_dims(q, k, v, 3, "packed, [n_local, heads, headdim]")
+            asked = dict(zip(names, mask, strict=True))
+            problem = make_problem(q, k, v, **asked, sinks=sinks, device=self.device)
+            want = f"{plan.num_tokens(self.rank)} rows, rank {self.rank}'s share of the plan"
+            for name, x in (("q", q), ("k", k)):
+                check(len(x) == plan.num_tokens(self.rank), name, want, tuple(x.shape))
+            if cache is None:
+                want = "one, as the plan is on top of cached tokens"
+                check(not plan.has_history, "cache", want, "None")
+                check(layer == 0, "layer", "0 without a cache", repr(layer))
+            else:
+                want = "a KVCache or None"
+                check(isinstance(cache, KVCache), "cache", want, type(cache).__name__)
+                cache.check_call(self, plan, layer, problem)
+            return problem
+
+        more = dict(plan=plan, method=method, sinks=sinks, layer=layer, partial_dtype=partial_dtype)
+        return agree(self, accept, **more)
 
     def run(
         self,
@@ -168,57 +172,41 @@ class Ring:
         layer=0,
         partial_dtype=None,
     ):
-        """Return (out, lse) for checked arguments, dense: [batch, n_local, heads, headdim].
-
-        One loop for every method, as the schedule says: post the messages, attend with what is at
-        hand, wait, merge the parts that have come, drop what is not needed any more.
-        """
+        """Return (out, lse) for checked arguments, dense: [batch, n_local, heads, headdim]."""
         if method == "auto":
             method = self._choose(plan, problem).method
-        own = cache.write(plan, layer, k, v) if cache else (k, v)
-        schedule = self._schedule(plan, method, problem, cache)
-        blocks = Blocks(self._pool, plan, problem, self.rank, q, partial_dtype)
-        if any(
-            move.kind == "kv" for step in schedule for move in step.sends if move.rank == self.rank
-        ):
-            self._load(blocks.load_kv(), plan, k, v, cache, layer)
+        self._stats.begin(method)
+        own_kv = cache.write(plan, layer, k, v) if cache else (k, v)
+        program = self._program(plan, method, problem, cache, q.dtype, partial_dtype)
+        if program.kv_room:
+            self._load(program.kv_room, plan, k, v, cache, layer)
+        if program.sends_q:
+            q = q.contiguous()
         state = local.make_state(q, problem.headdim_v, sinks)
-        with self._aborting():
-            for step in schedule:
-                self._run_step(step, blocks, state, own, problem)
-        self._stats.calls += 1
-        out, lse = state
-        return out.to(q.dtype), lse
-
-    def _run_step(self, step, blocks, state, own, problem):
-        ticket = self._post(step, blocks)
-        for work in step.work:
-            with self._stats.timed("attend", step.index):
-                k, v = own if work.kv_rank == self.rank else blocks.kv(work.kv_rank)
-                mine = work.q_rank == self.rank
-                out, lse = state if mine else blocks.make_part(work.q_rank)
-                local.step(blocks.q(work.q_rank), k, v, out, lse, work.spans, problem)
-        self._wait(ticket, step, blocks)
-        for move in step.recvs:
-            if move.kind == "part":
-                with self._stats.timed("merge", step.index):
-                    local.merge_(*state, *blocks.arrived(move))
-                blocks.drop("arrived", move.peer)
-        for kind, rank in step.drops:
-            blocks.drop(kind, rank)
-
-    @contextlib.contextmanager
-    def _aborting(self):
-        """Fail the ring on every rank where a call ends between a post and its wait.
-
-        By Ctrl-C, say: the ranks would be one exchange apart, and buffers still under way.
-        """
         try:
-            yield
+            program.run(self._link, self._stats, q, own_kv, state)
         except BaseException as error:
+            # Between a post and its wait the ranks are an exchange apart, and buffers under way:
+            # where the call was interrupted there, the ring fails on every rank.
             if not isinstance(error, TransportError):
                 self._link.abort(f"a call ended with {type(error).__name__}: {error}")
             raise
+        self._stats.end()
+        out, lse = state
+        return out.to(q.dtype), lse
+
+    def _program(self, plan, method, problem, cache, dtype, partial_dtype):
+        """Return the program of such a call: the one of the layer before, or a new one."""
+        if plan is not self._planned:  # those of earlier plans will hardly run again
+            self._programs.clear()
+            self._planned = plan
+        key = method, problem, getattr(cache, "number", None), partial_dtype
+        program = self._programs.get(key)
+        if program is None:
+            schedule = self._schedule(plan, method, problem, cache)
+            sizes = plan, problem, self.rank, dtype, self.device, partial_dtype
+            program = self._programs[key] = Program(schedule, *sizes, self._pool)
+        return program
 
     def choose(
         self,
@@ -255,7 +243,7 @@ class Ring:
         key = "choice", problem
         if key not in plan.memo:
             if self._hardware is None and self.world_size > 1:
-                self._hardware = calibrate.probe(self)
+                self._hardware = calibrate.probe(self, problem)
             plan.memo[key] = choose(plan, problem, self._hardware)
         return plan.memo[key]
 
@@ -265,7 +253,14 @@ class Ring:
         return self._hardware
 
     def _schedule(self, plan, method, problem, cache):
-        key = "schedule", self.rank, method, problem.causal, problem.window_size, id(cache)
+        key = (
+            "schedule",
+            self.rank,
+            method,
+            problem.causal,
+            problem.window_size,
+            getattr(cache, "number", None),
+        )
         if key not in plan.memo:
             own = cache.runs(plan) if cache else None
             mask = problem.causal, problem.window_size
@@ -310,40 +305,9 @@ class Ring:
         )
         whole = x_local.new_empty(plan.total, *x_local.shape[1:])
         shapes = [(plan.num_tokens(rank), *x_local.shape[1:]) for rank in range(self.world_size)]
-        for rank, rows in enumerate(self._gather(x_local.contiguous(), shapes)):
+        for rank, rows in enumerate(self.gather(x_local.contiguous(), shapes)):
             whole[torch.from_numpy(plan.indices(rank)).to(whole.device)] = rows
         return whole
-
-    def gather_bytes(self, mine: bytes) -> list[bytes]:
-        """Return what every rank passed, at most RECORD_BYTES each. Small, for agreements."""
-        check(len(mine) <= RECORD_BYTES, "mine", f"at most {RECORD_BYTES} bytes", len(mine))
-        padded = torch.frombuffer(bytearray(mine.ljust(RECORD_BYTES)), dtype=torch.uint8)
-        parts = self._gather(padded, [(RECORD_BYTES,)] * self.world_size)
-        return [bytes(part.numpy()).rstrip() for part in parts]
-
-    def gather_int(self, mine: int) -> list[int]:
-        """Return the int that every rank passed."""
-        parts = self._gather(torch.tensor([mine]), [(1,)] * self.world_size)
-        return [int(part) for part in parts]
-
-    def barrier(self) -> None:
-        """Return when every rank has come here."""
-        self.gather_int(0)
-
-    def exchange(self, sends, recvs) -> None:
-        """Exchange raw messages, lists of (peer, contiguous tensor), and wait for them."""
-        self.check_open()
-        self._link.exchange(sends, recvs).wait()
-
-    def _gather(self, mine, shapes):
-        """Return every rank's tensor, by one exchange with all of them at once."""
-        parts = [mine if r == self.rank else mine.new_empty(s) for r, s in enumerate(shapes)]
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
-        sends = [(rank, mine) for rank in others if mine.numel()]
-        recvs = [(rank, parts[rank]) for rank in others if parts[rank].numel()]
-        if sends or recvs:
-            self.exchange(sends, recvs)
-        return parts
 
     # ---- life
 
@@ -362,8 +326,16 @@ class Ring:
         """Leave the ring. Safe to call again; never hangs."""
         if not self._closed:
             self._closed = True
-            self._pool.clear()
+            if self._tracer:
+                self._tracer.finish()
+            self.drop_buffers()
             self._link.close()
+
+    def drop_buffers(self) -> None:
+        """Forget the wire buffers; the next call makes new ones."""
+        self._programs.clear()
+        self._planned = None
+        self._pool.clear()
 
     def __enter__(self):
         return self
@@ -381,19 +353,3 @@ class Ring:
             return cache.gather(plan, layer, *wire)
         for room, x in zip(wire, (k, v), strict=True):
             room.copy_(x)
-
-    def _post(self, step, blocks):
-        """Post what this step sends and receives; None where there is nothing."""
-        sends = [(move.peer, blocks.outgoing(move)) for move in step.sends]
-        recvs = [(move.peer, blocks.incoming(move)) for move in step.recvs]
-        self._stats.steps += 1
-        self._stats.bytes_sent += sum(x.numel() for _, x in sends)
-        self._stats.bytes_planned += sum(blocks.nbytes(m.kind, m.tokens) for m in step.sends)
-        return self._link.exchange(sends, recvs) if sends or recvs else None
-
-    def _wait(self, ticket, step, blocks):
-        if ticket:
-            with self._stats.timed("wait", step.index):
-                times = ticket.wait()
-            nbytes = sum(blocks.nbytes(move.kind, move.tokens) for move in step.sends)
-            self._stats.add("exchange", step.index, *times, nbytes=nbytes)

@@ -1,5 +1,8 @@
 """What each rank does, step by step, by each method. Pure: the same answer on every rank."""
 
+import functools
+from typing import NamedTuple
+
 import numpy as np
 
 from ringkern import tiles
@@ -12,7 +15,7 @@ METHODS = ("pass_kv", "pass_q", "gather_kv", "gather_q")
 
 def check_method(method: str) -> None:
     want = f"auto or one of {', '.join(METHODS)}"
-    check(method in ("auto", *METHODS), "method", want, repr(method))
+    check(method == "auto" or method in OUTLINES, "method", want, repr(method))
 
 
 def make_schedule(
@@ -29,9 +32,63 @@ def make_schedule(
         own_kv: where this rank's K and V lie, if not packed: a table like plan.kv_runs(rank), such
             as KVCache.runs() gives.
     """
-    make = {"pass_kv": _pass_kv, "pass_q": _pass_q, "gather_kv": _gather_kv, "gather_q": _gather_q}
-    steps = make[method](_View(plan, rank, tiles.bounds(causal, window_size), own_kv))
-    return _with_drops(steps, rank)
+    sides = tiles.bounds(causal, window_size)
+    steps = outline(method, rank, visibility(plan, *sides))
+    return fill(plan, rank, steps, sides, own_kv)
+
+
+class Outline(NamedTuple):
+    """A step without sizes and spans: what follows from the method and who sees whom."""
+
+    sends: tuple[tuple[int, str, int], ...]  # (peer, kind, rank), as in types.Move
+    recvs: tuple[tuple[int, str, int], ...]
+    work: tuple[tuple[int, int], ...]  # (q_rank, kv_rank), as in types.Work
+    drops: tuple[tuple[str, int], ...]
+
+
+def outline(method: str, rank: int, sees: np.ndarray) -> tuple[Outline, ...]:
+    """Return the steps of one rank in outline; sees as visibility() returns it."""
+    return _outline(method, rank, len(sees), sees.tobytes())
+
+
+# Plans of a batch that decodes mostly differ in sizes alone. Few entries, as those of large rings
+# are large.
+@functools.lru_cache(maxsize=64)
+def _outline(method, rank, size, sees):
+    return _with_drops(OUTLINES[method](_View(rank, size, sees)), rank)
+
+
+def fill(plan: Plan, rank: int, steps, sides, own_kv=None) -> tuple[Step, ...]:
+    """Return outlined steps with the sizes and spans of a plan; sides as tiles.bounds() gives."""
+
+    def moves(some):
+        return tuple(
+            Move(*move, (plan.kv_tokens if move[1] == "kv" else plan.num_tokens)(move[2]))
+            for move in some
+        )
+
+    pairs = [pair for step in steps for pair in step.work]
+    spans = iter(make_spans(plan, pairs, sides, {} if own_kv is None else {rank: own_kv}))
+    return tuple(
+        Step(
+            index,
+            moves(step.sends),
+            moves(step.recvs),
+            tuple(Work(*pair, next(spans)) for pair in step.work),
+            step.drops,
+        )
+        for index, step in enumerate(steps)
+    )
+
+
+def make_spans(plan: Plan, pairs, sides, own: dict[int, np.ndarray]) -> list[np.ndarray]:
+    """Return the spans of each (q_rank, kv_rank). own: K and V that do not lie packed, by rank."""
+    packed = plan.kv_blocks if sides[0] >= tiles.UNBOUNDED else plan.kv_runs
+    tables = [
+        (plan.runs(q_rank), own[kv_rank] if kv_rank in own else packed(kv_rank))
+        for q_rank, kv_rank in pairs
+    ]
+    return tiles.make_spans_each(tables, *sides)
 
 
 def pairs(step: Step) -> int:
@@ -40,30 +97,24 @@ def pairs(step: Step) -> int:
 
 
 class _View:
-    """A plan as one rank sees it under one mask."""
+    """Who sees whom, as one rank sees it."""
 
-    def __init__(self, plan, rank, sides, own_kv):
-        self.plan, self.rank, self.size = plan, rank, plan.world_size
-        self._sides, self._own_kv = sides, own_kv
-        self.sees = visibility(plan, *sides)  # [q_rank, kv_rank]
+    def __init__(self, rank, size, sees):
+        self.rank, self.size = rank, size
+        self.sees = np.frombuffer(sees, dtype=bool).reshape(size, size)  # [q_rank, kv_rank]
 
     def work(self, q_rank, kv_rank):
-        """Return a tuple of the Work there is, if any."""
-        if not self.sees[q_rank, kv_rank]:
-            return ()
-        own = kv_rank == self.rank and self._own_kv is not None
-        k_runs = self._own_kv if own else self.plan.kv_runs(kv_rank)
-        spans = tiles.make_spans(self.plan.runs(q_rank), k_runs, *self._sides)
-        return (Work(q_rank, kv_rank, spans),)
+        """Return a tuple of the work there is, if any."""
+        return ((q_rank, kv_rank),) if self.sees[q_rank, kv_rank] else ()
 
     def kv(self, peer, rank):
-        return Move(peer, "kv", rank, self.plan.kv_tokens(rank))
+        return peer, "kv", rank
 
     def q(self, peer, rank):
-        return Move(peer, "q", rank, self.plan.num_tokens(rank))
+        return peer, "q", rank
 
     def part(self, peer, rank):
-        return Move(peer, "part", rank, self.plan.num_tokens(rank))
+        return peer, "part", rank
 
     def others(self):
         """Return the other ranks, in the order of their distance round the ring."""
@@ -129,6 +180,10 @@ def _gather_q(view):
     ]
 
 
+# method -> a function of a _View that returns the steps of its rank, (sends, recvs, work) each.
+OUTLINES = dict(zip(METHODS, (_pass_kv, _pass_q, _gather_kv, _gather_q), strict=True))
+
+
 def _goes_on(seen_by):
     """Return bool [owner, step]: does a rank more than `step` steps on need the owner's block?
 
@@ -143,18 +198,18 @@ def _goes_on(seen_by):
 
 
 def _with_drops(steps, rank):
-    """Return the Steps, each with the visiting blocks that are not needed after it."""
+    """Return the Outlines, each with the visiting blocks that are not needed after it."""
     last = {}
     for index, (sends, recvs, work) in enumerate(steps):
-        used = [(move.kind, move.rank) for move in (*sends, *recvs)]
-        used += [("kv", w.kv_rank) for w in work] + [("q", w.q_rank) for w in work]
+        used = [(kind, whose) for _, kind, whose in (*sends, *recvs)]
+        used += [("kv", kv_rank) for _, kv_rank in work] + [("q", q_rank) for q_rank, _ in work]
         last |= dict.fromkeys(used, index)
     drops = [[] for _ in steps]
     for block, index in last.items():
         if block not in (("q", rank), ("part", rank)):
             drops[index].append(block)
     return tuple(
-        Step(index, tuple(sends), tuple(recvs), tuple(work), tuple(drops[index]))
+        Outline(tuple(sends), tuple(recvs), tuple(work), tuple(drops[index]))
         for index, (sends, recvs, work) in enumerate(steps)
     )
 
@@ -176,27 +231,30 @@ def _sees(plan, left, right):
     if left >= tiles.UNBOUNDED:
         sees |= asks.T @ cached  # and whatever is cached
     most = asks.T @ (asks | cached)
-    for seq in unlike:
-        if (sees == most).all():
-            break
+    if (sees == most).all():
+        return sees
+    lengths = np.asarray(plan.lengths)[unlike]
+    for seq in unlike[np.argsort(-lengths, kind="stable")].tolist():  # the longest first
         q_runs, q_owner = _rows_of(plan.runs, size, seq)
         k_runs, k_owner = _rows_of(plan.kv_runs, size, seq)
         q, k = np.nonzero(tiles.visible(q_runs, k_runs, left, right))
         sees[q_owner[q], k_owner[k]] = True
+        if (sees == most).all():
+            break
     return sees
 
 
 def _unlike(plan):
-    """Return the sequences that differ in how they are sharded, the longest first.
+    """Return the sequences that differ in how they are sharded, int64.
 
     New sequences of one length are sharded alike, so one of each length will do: at most about
     sqrt(2 * total) of them, however many there are.
     """
-    starts = [0] * len(plan.lengths) if plan.starts is None else plan.starts.tolist()
-    first = {}
-    for seq, (length, start) in enumerate(zip(plan.lengths, starts, strict=True)):
-        first.setdefault((length, seq if start else None), seq)
-    return sorted(first.values(), key=lambda seq: -plan.lengths[seq])
+    lengths = np.asarray(plan.lengths)
+    new = np.ones(len(lengths), dtype=bool) if plan.starts is None else plan.starts == 0
+    of_new = np.flatnonzero(new)
+    _, first = np.unique(lengths[of_new], return_index=True)
+    return np.concatenate([of_new[first], np.flatnonzero(~new)])
 
 
 def _rows_of(runs, world_size, seq):

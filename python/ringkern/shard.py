@@ -28,29 +28,41 @@ def runs(layout: str, lengths, world_size: int, place) -> np.ndarray:
         place: which share of a sequence is this rank's, 0 .. world_size - 1: an int, or one for
             each sequence. Where nothing else is said, a rank's place is its number.
     """
-    lengths = np.asarray(lengths, dtype=np.int64)[:, None]  # [sequences, 1]
-    place = np.broadcast_to(np.asarray(place, dtype=np.int64).reshape(-1, 1), lengths.shape)
-    stride = 1
+    return runs_each(layout, lengths, world_size, np.asarray(place).reshape(-1, 1))[0]
+
+
+def runs_each(layout: str, lengths, world_size: int, places) -> list[np.ndarray]:
+    """Return runs() of several ranks: all at once, as calls of numpy cost time.
+
+    places: [sequences, ranks], or [1, ranks] where they are the same for every sequence.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    places = np.asarray(places, dtype=np.int64).T  # [ranks, sequences]
+    shape = len(places), len(lengths)
+    chunks = 2 if layout == "zigzag" else 1
+    table = np.empty((*shape, chunks, 5), dtype=np.int64)
+    table[..., 0] = np.arange(len(lengths))[None, :, None]
+    table[..., 4] = 1
+    start, length = table[..., 2], table[..., 3]
     if layout == "striped":
-        start, stride = place, world_size
-        length = (lengths - place + world_size - 1) // world_size
+        start[..., 0], table[..., 4] = places, world_size
+        length[..., 0] = (lengths - places + world_size - 1) // world_size
     elif layout == "contiguous":
-        start, length = _chunk(lengths, world_size, place)
+        start[..., 0], length[..., 0] = _chunk(lengths, world_size, places)
     else:
-        both = np.concatenate([place, 2 * world_size - 1 - place], axis=1)
-        start, length = _chunk(lengths, 2 * world_size, both)
+        start[..., 0], length[..., 0] = _chunk(lengths, 2 * world_size, places)
+        late = 2 * world_size - 1 - places
+        start[..., 1], length[..., 1] = _chunk(lengths, 2 * world_size, late)
         # The last place's two chunks are neighbours: one run.
-        last = place[:, 0] == world_size - 1
-        length[last, 0] += length[last, 1]
-        length[last, 1] = 0
-    table = np.empty((*length.shape, 5), dtype=np.int64)
-    table[..., 0] = np.arange(len(lengths))[:, None]
-    table[..., 2] = start
-    table[..., 3] = length
-    table[..., 4] = stride
-    table = table[table[..., 3] > 0]
-    table[:, 1] = np.cumsum(table[:, 3]) - table[:, 3]
-    return table
+        last = np.broadcast_to(places == world_size - 1, shape)
+        length[..., 0] += np.where(last, length[..., 1], 0)
+        length[..., 1] = np.where(last, 0, length[..., 1])
+    kept = length > 0
+    edges = np.cumsum(kept.sum(axis=(1, 2)))[:-1]
+    each = np.split(table[kept], edges) if len(edges) else [table[kept]]
+    for rows in each:
+        rows[:, 1] = np.cumsum(rows[:, 3]) - rows[:, 3]
+    return each
 
 
 def _chunk(lengths, count: int, index):

@@ -4,6 +4,10 @@ import collections
 import time
 from typing import NamedTuple
 
+NAMES = ("attend", "exchange", "wait", "merge")
+_COLUMN = {name: number for number, name in enumerate(NAMES)}
+_BYTES = len(NAMES)
+
 
 class Event(NamedTuple):
     """One thing that a rank did. Times by time.monotonic_ns(): comparable on one host."""
@@ -13,49 +17,137 @@ class Event(NamedTuple):
     step: int
     start_ns: int
     end_ns: int
-    nbytes: int = 0
+    nbytes: int = 0  # sent, by an exchange
+    method: str = ""
+
+
+class Span(NamedTuple):
+    """One finished call of ring.attn(), from its choice of method to its result."""
+
+    method: str
+    call: int
+    start_ns: int
+    end_ns: int
+
+
+class _Method:
+    """What the calls of one method add up to."""
+
+    def __init__(self):
+        self.calls = self.call_ns = 0
+        self.steps: list[list[int]] = []  # by step: ns in the order of NAMES, then bytes sent
 
 
 class Stats:
-    """Totals since the ring was made, and the latest events."""
+    """Totals since the ring was made, by method and step, and the latest events."""
 
     KEPT = 4096  # events; a call of pass_kv makes three per step
 
     def __init__(self):
         self.calls = self.steps = self.bytes_planned = self.bytes_sent = 0
-        self.time_ns = collections.Counter(attend=0, exchange=0, wait=0, merge=0)
-        self.events = collections.deque(maxlen=self.KEPT)
+        self._methods: dict[str, _Method] = {}
+        self.recorded = 0  # events, kept or not
+        self.keep(self.KEPT)
+
+    def keep(self, count: int) -> None:
+        """Keep the latest `count` events from now on. Forgets the ones so far."""
+        self._events = collections.deque(maxlen=count)
+        self._spans = collections.deque(maxlen=count)
+
+    # ---- in a call: called at every step, so tuples and ints only
+
+    def begin(self, method: str) -> None:
+        """Count what follows as a call of this method, until end()."""
+        record = self._methods.get(method)
+        if record is None:
+            record = self._methods[method] = _Method()
+        self._method, self._record, self._totals = method, record, record.steps
+        self._start_ns = time.monotonic_ns()
+
+    def count(self, nbytes: int, planned: int) -> None:
+        """Count a step that sends so many bytes, where the plan said `planned`."""
+        self.steps += 1
+        self.bytes_sent += nbytes
+        self.bytes_planned += planned
 
     def add(self, name: str, step: int, start_ns: int, end_ns: int, nbytes: int = 0) -> None:
-        self.time_ns[name] += end_ns - start_ns
-        self.events.append(Event(name, self.calls, step, start_ns, end_ns, nbytes))
+        """Record an event of the call that begin() began."""
+        totals = self._totals
+        while step >= len(totals):
+            totals.append([0] * (_BYTES + 1))
+        row = totals[step]
+        row[_COLUMN[name]] += end_ns - start_ns
+        row[_BYTES] += nbytes
+        self.recorded += 1
+        self._events.append((name, self.calls, step, start_ns, end_ns, nbytes, self._method))
 
-    def timed(self, name: str, step: int) -> "_Timed":
-        """Return a context manager that adds an event around its body."""
-        return _Timed(self, name, step)
+    def end(self) -> None:
+        """Count the call as finished."""
+        end_ns, record = time.monotonic_ns(), self._record
+        self._spans.append((self._method, self.calls, self._start_ns, end_ns))
+        record.call_ns += end_ns - self._start_ns
+        record.calls += 1
+        self.calls += 1
+
+    # ---- afterwards
+
+    @property
+    def events(self) -> list[Event]:
+        """The latest events, oldest first."""
+        return [Event._make(event) for event in self._events]
+
+    @property
+    def spans(self) -> list[Span]:
+        """The latest finished calls, oldest first."""
+        return [Span._make(span) for span in self._spans]
+
+    @property
+    def dropped(self) -> int:
+        """How many events were recorded and are not kept any more."""
+        return self.recorded - len(self._events)
 
     def to_dict(self) -> dict:
-        """Return the totals: counts, bytes, and milliseconds by name.
+        """Return the totals: counts, bytes, and milliseconds by name, in all and by method.
 
+        call_ms is the time in finished calls, attend_ms and merge_ms the computing in it.
         exchange_ms is how long messages were under way, wait_ms how much of that the rank stood
-        still for; the rest was hidden under attend_ms.
+        still for; the rest was hidden under attend_ms. exposed is wait_ms / call_ms, from 0 to 1.
+
+        "methods" has the same by method, and its "steps" by step: what all calls of the method
+        spent in step 0, 1, ...; bytes_sent there counts exchanges that are over.
         """
-        times = {f"{name}_ms": ns / 1e6 for name, ns in self.time_ns.items()}
+        methods = {name: _to_dict(record) for name, record in self._methods.items()}
+        rows = [row for record in self._methods.values() for row in record.steps]
+        call_ns = sum(record.call_ns for record in self._methods.values())
         return {
             "calls": self.calls,
             "steps": self.steps,
             "bytes_planned": self.bytes_planned,
             "bytes_sent": self.bytes_sent,
-            **times,
+            **_times(_sum(rows), call_ns),
+            "methods": methods,
         }
 
 
-class _Timed:
-    def __init__(self, stats: Stats, name: str, step: int):
-        self._stats, self._name, self._step = stats, name, step
+def _to_dict(record: _Method) -> dict:
+    total = _sum(record.steps)
+    return {
+        "calls": record.calls,
+        "bytes_sent": total[_BYTES],
+        **_times(total, record.call_ns),
+        "steps": [{"bytes_sent": row[_BYTES], **_milliseconds(row)} for row in record.steps],
+    }
 
-    def __enter__(self):
-        self._start_ns = time.monotonic_ns()
 
-    def __exit__(self, *_):
-        self._stats.add(self._name, self._step, self._start_ns, time.monotonic_ns())
+def _sum(rows: list[list[int]]) -> list[int]:
+    return [sum(column) for column in zip(*rows, strict=True)] or [0] * (_BYTES + 1)
+
+
+def _milliseconds(row: list[int]) -> dict:
+    return {f"{name}_ms": row[_COLUMN[name]] / 1e6 for name in NAMES}
+
+
+def _times(row: list[int], call_ns: int) -> dict:
+    wait_ns = row[_COLUMN["wait"]]  # a call that failed counts here and not in call_ns
+    exposed = min(1.0, wait_ns / call_ns) if call_ns else 0.0
+    return {"call_ms": call_ns / 1e6, **_milliseconds(row), "exposed": exposed}

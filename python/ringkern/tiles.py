@@ -1,7 +1,10 @@
 """From runs to the integer tables that a step reads: which rows see which rows, and how."""
 
+import math
+
 import numpy as np
 
+MANY = 1 << 14  # runs that are looked at together: more take memory and save no time
 UNBOUNDED = 1 << 62  # a window side without a bound; far from overflow when positions are added
 
 
@@ -17,12 +20,87 @@ def make_spans(q_runs: np.ndarray, k_runs: np.ndarray, left: int, right: int) ->
     Columns as in types.Span. Both tables are ordered by sequence; runs of different sequences
     never see each other.
     """
-    first = np.searchsorted(k_runs[:, 0], q_runs[:, 0], side="left")
-    count = np.searchsorted(k_runs[:, 0], q_runs[:, 0], side="right") - first
+    return make_spans_each([(q_runs, k_runs)], left, right)[0]
+
+
+def make_spans_each(tables, left: int, right: int) -> list[np.ndarray]:
+    """Return make_spans() of each (q_runs, k_runs): many at once, as calls of numpy cost time."""
+    if not tables:
+        return []
+    if len(tables) > 1 and sum(len(q_runs) + len(k_runs) for q_runs, k_runs in tables) > MANY:
+        half = len(tables) // 2
+        return [
+            spans
+            for part in (tables[:half], tables[half:])
+            for spans in make_spans_each(part, left, right)
+        ]
+    q_runs, k_runs = (np.concatenate(side) for side in zip(*tables, strict=True))
+    groups = np.arange(len(tables))
+    q_group, k_group = (
+        np.repeat(groups, [len(table) for table in side]) for side in zip(*tables, strict=True)
+    )
+    # A number for each sequence of each group, in the order of the rows.
+    sequences = 1 + max(
+        (int(runs[:, 0].max()) for runs in (q_runs, k_runs) if len(runs)), default=0
+    )
+    q_key, k_key = q_group * sequences + q_runs[:, 0], k_group * sequences + k_runs[:, 0]
+    first = np.searchsorted(k_key, q_key, side="left")
+    count = np.searchsorted(k_key, q_key, side="right") - first
     q_index = np.repeat(np.arange(len(q_runs)), count)
     skipped = np.cumsum(count) - count
     k_index = np.arange(len(q_index)) + np.repeat(first - skipped, count)
-    return _pair(q_runs[q_index].T, k_runs[k_index].T, left, right)
+    table, kept = _pair(q_runs[q_index].T, k_runs[k_index].T, left, right)
+    table, group = _join(table, q_group[q_index[kept]])
+    if len(tables) == 1:
+        return [table]
+    return np.split(table, np.searchsorted(group, groups[1:]))
+
+
+def _join(table, group):
+    """Join full spans that lie side by side, in keys or in queries, within a group.
+
+    What is cached is visible to all new queries of its sequence: one span, however many runs the
+    two are cut into. Ordered by group, then query row, then key row.
+    """
+    q0, q1, k0, k1, lo, hi, q_stride, k_stride = table.T
+    full = (lo == 1 - q1 + q0) & (hi == k1 - k0 - 1) & (q_stride == 1) & (k_stride == 1)
+    if np.count_nonzero(full) < 2:
+        return table, group
+    some, of = table[full, :4], group[full]
+    for near, far in ((slice(2, 4), slice(0, 2)), (slice(0, 2), slice(2, 4))):
+        some, of = _join_along(some, of, near, far)
+    joined = np.empty((len(some), 8), dtype=np.int64)
+    joined[:, :4], joined[:, 6:] = some, 1
+    joined[:, 4], joined[:, 5] = 1 - some[:, 1] + some[:, 0], some[:, 3] - some[:, 2] - 1
+    table = np.concatenate([table[~full], joined])
+    group = np.concatenate([group[~full], of])
+    order = _order(group, table[:, 0], table[:, 2])
+    return table[order], group[order]
+
+
+def _join_along(rows, group, near, far):
+    """Join rectangles [q0, q1, k0, k1] that agree in `far` and follow one another in `near`."""
+    begin, end = rows[:, near].T
+    order = _order(group, rows[:, far.start], begin)
+    rows, group, begin, end = rows[order], group[order], begin[order], end[order]
+    follows = (begin[1:] == end[:-1]) & (group[1:] == group[:-1])
+    follows &= (rows[1:, far] == rows[:-1, far]).all(axis=1)
+    first = np.flatnonzero(np.concatenate([[True], ~follows]))
+    last = np.append(first[1:] - 1, len(rows) - 1)
+    joined = rows[first]
+    joined[:, near.stop - 1] = end[last]
+    return joined, group[first]
+
+
+def _order(*columns):
+    """Return the order by the first column, then the second, and so on; none below 0."""
+    widths = [int(column.max(initial=0)) + 1 for column in columns]
+    if math.prod(widths) >= 1 << 62:
+        return np.lexsort(columns[::-1])
+    key = columns[0]
+    for column, width in zip(columns[1:], widths[1:], strict=True):
+        key = key * width + column
+    return np.argsort(key, kind="stable")  # of one key: several times faster
 
 
 def visible(q_runs: np.ndarray, k_runs: np.ndarray, left: int, right: int) -> np.ndarray:
@@ -57,16 +135,17 @@ def _band(q, k, left, right):
 
 
 def _pair(q, k, left, right):
-    """Return the spans of paired runs, given by column."""
+    """Return the spans of paired runs, given by column, and which pairs they are of."""
     lo, hi, q_stride, k_stride = _band(q, k, left, right)
+    kept = np.flatnonzero(lo <= hi)
     columns = q[1], q[1] + q[3], k[1], k[1] + k[3], lo, hi, q_stride, k_stride
-    table = np.empty((len(lo), len(columns)), dtype=np.int64)
+    table = np.empty((len(kept), len(columns)), dtype=np.int64)
     for index, column in enumerate(columns):
-        table[:, index] = column
-    table = table[lo <= hi]
+        table[:, index] = column[kept]
     if not (table[:, 6:] == 1).all():  # a hull may hold no pair where strides differ
-        table = table[counts(table) > 0]
-    return table
+        some = counts(table) > 0
+        table, kept = table[some], kept[some]
+    return table, kept
 
 
 def pairs(spans: np.ndarray) -> int:

@@ -51,6 +51,7 @@ class TcpTransport:
             "timeout_s": timeout_s,
             "own_secret": secret is not None,
             "RINGKERN_CHECK": env.flag("RINGKERN_CHECK"),
+            "RINGKERN_TRACE": env.trace() is not None,
         }
         self._meeting = meeting = meet(
             group, timeout_s, number
@@ -90,16 +91,21 @@ class TcpTransport:
         self._core = _C.Tcp(
             listener, self.rank, self.addresses, ring_id, secret, float(timeout_s), **options
         )
-        self._tensors: dict[int, tuple] = {}
+        self._kept: dict[int, object] = {}  # by ticket: what its messages lie in
         _open.add(self)
 
     def exchange(self, sends, recvs) -> Ticket:
         """Post messages: lists of (peer, contiguous CPU tensor). All progress together."""
-        number = self._core.exchange(
-            [(peer, x.data_ptr(), x.numel() * x.element_size()) for peer, x in sends],
-            [(peer, x.data_ptr(), x.numel() * x.element_size()) for peer, x in recvs],
-        )
-        self._tensors[number] = (sends, recvs)
+        raw = [
+            [(peer, x.data_ptr(), x.numel() * x.element_size()) for peer, x in side]
+            for side in (sends, recvs)
+        ]
+        return self.post(*raw, (sends, recvs))
+
+    def post(self, sends, recvs, keep) -> Ticket:
+        """Post messages: lists of (peer, pointer, nbytes), into what `keep` keeps alive."""
+        number = self._core.exchange(sends, recvs)
+        self._kept[number] = keep
         return Ticket(self, number)
 
     def wait(self, number: int) -> tuple[int, int]:
@@ -110,7 +116,7 @@ class TcpTransport:
             raise
         finally:
             # Done, or failed: then no thread touches the buffers any more.
-            self._tensors.pop(number, None)
+            self._kept.pop(number, None)
 
     def abort(self, reason: str) -> None:
         """Fail every pending and later call, on every rank, with this reason."""
@@ -118,7 +124,7 @@ class TcpTransport:
 
     def close(self) -> None:
         self._core.close()
-        self._tensors.clear()
+        self._kept.clear()
         _open.discard(self)
 
     def stats(self) -> dict:

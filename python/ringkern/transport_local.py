@@ -1,10 +1,9 @@
 """Ranks as threads of one process: the transport contract without sockets, for fast tests."""
 
 import collections
+import ctypes
 import threading
 import time
-
-import torch
 
 from ringkern.errors import ArgumentError, ProtocolError, TransportError, TransportTimeoutError
 from ringkern.errors import check as check_argument
@@ -38,10 +37,10 @@ class LocalGroup:
 
 
 class _Message:
-    """One side of one message: whose turn it is, its bytes, and how much of its ticket is left."""
+    """One side of one message: where its bytes are, and the ticket it belongs to."""
 
-    def __init__(self, tensor, ticket):
-        self.bytes, self.ticket = tensor.view(-1).view(torch.uint8), ticket
+    def __init__(self, pointer, nbytes, keep, ticket):
+        self.pointer, self.nbytes, self.keep, self.ticket = pointer, nbytes, keep, ticket
 
 
 class LocalTicket:
@@ -81,24 +80,33 @@ class LocalTransport:
 
     def exchange(self, sends, recvs) -> LocalTicket:
         """Post messages: lists of (peer, contiguous tensor). See TcpTransport.exchange."""
-        for peer, tensor in (*sends, *recvs):
+        for _, tensor in (*sends, *recvs):
+            check_argument(tensor.is_contiguous(), "tensor", "contiguous", "strided")
+        raw = [
+            [(peer, x.data_ptr(), x.numel() * x.element_size()) for peer, x in side]
+            for side in (sends, recvs)
+        ]
+        return self.post(*raw, (sends, recvs))
+
+    def post(self, sends, recvs, keep) -> LocalTicket:
+        """Post messages: lists of (peer, pointer, nbytes), into what `keep` keeps alive."""
+        peers = [peer for peer, _, _ in (*sends, *recvs)]
+        for peer in peers:
             ok = 0 <= peer < self.world_size and peer != self.rank
             check_argument(ok, "peer", f"another rank of {self.world_size}", peer)
-            check_argument(tensor.is_contiguous(), "tensor", "contiguous", "strided")
-        ticket = LocalTicket(self, [peer for peer, _ in (*sends, *recvs)])
+        ticket = LocalTicket(self, peers)
         with self._world.changed:
             self._raise_if_failed()
-            for gone in sorted(self._world.closed & {peer for peer, _ in (*sends, *recvs)}):
+            for gone in sorted(self._world.closed & set(peers)):
                 self._fail(TransportError, gone, "it closed its ring before this exchange")
                 self._raise_if_failed()
-            for peer, tensor in sends:
-                self._post((self.rank, peer), True, _Message(tensor, ticket))
-                self._moved["bytes_sent"] += tensor.numel() * tensor.element_size()
-                self._moved["messages_sent"] += 1
-            for peer, tensor in recvs:
-                self._post((peer, self.rank), False, _Message(tensor, ticket))
-                self._moved["bytes_received"] += tensor.numel() * tensor.element_size()
-                self._moved["messages_received"] += 1
+            for way, messages in (("sent", sends), ("received", recvs)):
+                for peer, pointer, nbytes in messages:
+                    sends_it = way == "sent"
+                    edge = (self.rank, peer) if sends_it else (peer, self.rank)
+                    self._post(edge, sends_it, _Message(pointer, nbytes, keep, ticket))
+                    self._moved[f"bytes_{way}"] += nbytes
+                    self._moved[f"messages_{way}"] += 1
             self._world.changed.notify_all()
         return ticket
 
@@ -109,16 +117,16 @@ class LocalTransport:
             return
         other = waiting.popleft()
         send, recv = (message, other) if is_send else (other, message)
-        if send.bytes.numel() != recv.bytes.numel():
+        if send.nbytes != recv.nbytes:
             src, dst = edge
             self._fail(
                 ProtocolError,
                 src if is_send else dst,
-                f"rank {src} sends {send.bytes.numel()} bytes and rank {dst} expects "
-                f"{recv.bytes.numel()}. Do all ranks call with the same arguments?",
+                f"rank {src} sends {send.nbytes} bytes and rank {dst} expects "
+                f"{recv.nbytes}. Do all ranks call with the same arguments?",
             )
             return
-        recv.bytes.copy_(send.bytes)
+        ctypes.memmove(recv.pointer, send.pointer, send.nbytes)
         send.ticket.done(edge[1])
         recv.ticket.done(edge[0])
 

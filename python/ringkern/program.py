@@ -1,0 +1,156 @@
+"""A call made ready: its messages, views and spans, once per plan and method, for every layer."""
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from ringkern import local
+from ringkern.blocks import Blocks, Pool
+from ringkern.plan import Plan
+from ringkern.types import Problem, Step
+
+
+class _Work(NamedTuple):
+    """One local computation. None stands for what is another in every call."""
+
+    q: torch.Tensor | None  # this rank's queries
+    kv: tuple[torch.Tensor, torch.Tensor] | None  # this rank's K and V
+    state: tuple[torch.Tensor, torch.Tensor] | None  # of this rank's queries
+    spans: object  # as local.prepare() returns them
+
+
+class _Ready(NamedTuple):
+    """One step. A message is (peer, pointer, nbytes), as transports take it."""
+
+    index: int
+    sends: list[tuple[int, int | None, int]]  # None: this rank's queries
+    recvs: list[tuple[int, int, int]]
+    keep: list[torch.Tensor]  # what the messages lie in
+    own_q: bool  # whether any message is this rank's queries
+    casts: list[tuple[torch.Tensor, torch.Tensor]]  # (from, to), before the messages are posted
+    works: list[_Work]
+    parts: list[tuple[torch.Tensor, torch.Tensor]]  # (out, lse) that have come, to be merged
+    nbytes: int  # sent
+    planned: int  # bytes that the plan says are sent
+
+
+class Program:
+    """One rank's steps with their buffers, which are the pool's: one program runs at a time.
+
+    The buffers that a later program takes are the same, so two programs share them.
+    """
+
+    def __init__(
+        self,
+        schedule: tuple[Step, ...],
+        plan: Plan,
+        problem: Problem,
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        partial_dtype: torch.dtype | None,
+        pool: Pool,
+    ):
+        self._problem, self._rank = problem, rank
+        sent = {(move.kind, move.rank) for step in schedule for move in step.sends}
+        self.sends_q = ("q", rank) in sent
+        # Room for this rank's K and V on the wire, to be filled before each run; None: they stay.
+        self.kv_room = None
+        blocks = Blocks(pool, plan, problem, dtype, device, partial_dtype)
+        with torch.inference_mode(False):  # its views are written inside that mode and outside
+            if ("kv", rank) in sent:
+                blocks.take("kv", rank, plan.kv_tokens(rank))
+                self.kv_room = blocks.kv(rank)
+            self._steps = [self._make_ready(step, blocks) for step in schedule]
+        blocks.drop_all()
+
+    def _make_ready(self, step: Step, blocks: Blocks) -> _Ready:
+        casts, sends, recvs = [], [], []
+        for move in step.sends:
+            if move.kind == "part":
+                casts += blocks.cast_part(move.rank)
+            own = move.kind == "q" and move.rank == self._rank
+            sends.append((move.peer, None if own else blocks.wire(move.kind, move.rank)))
+        for move in step.recvs:
+            blocks.take(*self._received(move), move.tokens)
+            recvs.append((move.peer, blocks.wire(*self._received(move))))
+        works = [self._make_work(work, blocks) for work in step.work]
+        parts = [blocks.part("arrived", m.peer) for m in step.recvs if m.kind == "part"]
+        for move in step.recvs:
+            if move.kind == "part":
+                blocks.drop("arrived", move.peer)
+        for block in step.drops:
+            blocks.drop(*block)
+        nbytes = [blocks.nbytes(move.kind, move.tokens) for move in step.sends]
+        return _Ready(
+            step.index,
+            [
+                (peer, None if x is None else x.data_ptr(), n)
+                for (peer, x), n in zip(sends, nbytes, strict=True)
+            ],
+            [(peer, x.data_ptr(), x.numel()) for peer, x in recvs],
+            [x for _, x in (*sends, *recvs) if x is not None],
+            any(x is None for _, x in sends),
+            casts,
+            works,
+            parts,
+            sum(n if x is None else x.numel() for (_, x), n in zip(sends, nbytes, strict=True)),
+            sum(nbytes),
+        )
+
+    def _received(self, move):
+        """Return (kind, rank) under which a block that comes is held: parts by who sent them."""
+        return ("arrived", move.peer) if move.kind == "part" else (move.kind, move.rank)
+
+    def _make_work(self, work, blocks):
+        mine, stays = work.q_rank == self._rank, work.kv_rank == self._rank
+        return _Work(
+            None if mine else blocks.q(work.q_rank),
+            None if stays else blocks.kv(work.kv_rank),
+            None if mine else blocks.make_part(work.q_rank),
+            local.prepare(work.spans),
+        )
+
+    def run(self, link, stats, q, own_kv, state) -> None:
+        """Add the keys of every rank to the state of this rank's queries.
+
+        One loop for every method: post the messages, attend with what is at hand, wait, merge the
+        parts that have come.
+
+        Args:
+            q: [batch, n_local, nheads, headdim]; contiguous if sends_q.
+            own_kv: this rank's K and V, as the spans of its own work count them.
+            state: (out, lse), both float32, as local.make_state() returns them.
+        """
+        problem, now = self._problem, time.monotonic_ns
+        for step in self._steps:
+            ticket = None
+            if step.sends or step.recvs:
+                for source, target in step.casts:
+                    target.copy_(source)
+                sends, keep = step.sends, step.keep
+                if step.own_q:
+                    pointer, keep = q.data_ptr(), (q, keep)
+                    sends = [(peer, at or pointer, n) for peer, at, n in sends]
+                ticket = link.post(sends, step.recvs, keep)
+            stats.steps += 1
+            stats.bytes_sent += step.nbytes
+            stats.bytes_planned += step.planned
+            for work in step.works:
+                began = now()
+                k, v = work.kv or own_kv
+                out, lse = work.state or state
+                if work.state:
+                    local.clear_(out, lse)
+                local.step(q if work.q is None else work.q, k, v, out, lse, work.spans, problem)
+                stats.add("attend", step.index, began, now())
+            if ticket:
+                began = now()
+                times = ticket.wait()
+                stats.add("wait", step.index, began, now())
+                stats.add("exchange", step.index, *times, step.nbytes)
+            for out, lse in step.parts:
+                began = now()
+                local.merge_(*state, out.float(), lse)
+                stats.add("merge", step.index, began, now())
