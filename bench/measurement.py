@@ -31,7 +31,10 @@ def combine(ranks: list[Measurement]) -> Measurement:
     details = []
     for found in zip(*(rank.details for rank in ranks), strict=True):
         keys = dict.fromkeys(key for one in found for key in one)
-        details.append({key: max(one[key] for one in found if key in one) for key in keys})
+        worst = {key: max(one[key] for one in found if key in one) for key in keys}
+        if "ended_at_ms" in worst:  # by one clock: from the last rank's last attention to the end
+            worst["tail_ms"] = worst.pop("ended_at_ms") - worst.pop("attended_at_ms")
+        details.append(worst)
     peaks = [rank.peak_mem_bytes for rank in ranks if rank.peak_mem_bytes is not None]
     return Measurement(
         times,

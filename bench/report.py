@@ -115,11 +115,17 @@ def captions(records: list[tuple[str, dict]]) -> list[str]:
     for file, one in records:
         on, versions = one["machine"], one["versions"]
         lines[
-            f"{on['cpu']}, {on['cores']} cores, loopback, {on['congestion_control']}; "
+            f"{on['cpu']}, {on['cores']} cores, {_network(one)}; "
             f"ringkern {versions['ringkern']}, torch {versions['torch']}; {one['time_utc'][:10]}; "
             f"records: `bench/results/{file}`."
         ] = None
     return list(lines)
+
+
+def _network(one: dict) -> str:
+    if one["link"] == "loopback":
+        return f"loopback, {one['machine']['congestion_control']}"
+    return "shaped links" if one["link"] else "no network"
 
 
 if __name__ == "__main__":

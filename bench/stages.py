@@ -133,7 +133,7 @@ def check(state: State, impl: str) -> dict:
     calls = after["calls"] - before["calls"]
     spent = {key: (after[key] - before[key]) / calls for key in after if key.endswith("_ms")}
     spent["bytes_sent"] = (after["bytes_sent"] - before["bytes_sent"]) // calls
-    spent["tail_ms"] = _tail_ms(state.ring.events())
+    spent |= _ends_ms(state.ring.events())
     if not len(state.out):
         return spent | state.facts
     rows = torch.linspace(0, len(state.out) - 1, min(ROWS, len(state.out))).round().long()
@@ -147,11 +147,12 @@ def check(state: State, impl: str) -> dict:
     return state.samples[key].compare(state.out[rows]) | spent | state.facts
 
 
-def _tail_ms(events) -> float:
-    """Return how long the last call went on after it had attended for the last time."""
+def _ends_ms(events) -> dict[str, float]:
+    """Return when the last call attended for the last time, and when it was over."""
     last = [event for event in events if event.call == events[-1].call]
     attended = max((e.end_ns for e in last if e.name == "attend"), default=last[0].start_ns)
-    return max(0, max(event.end_ns for event in last) - attended) / 1e6
+    ended = max(event.end_ns for event in last)
+    return {"attended_at_ms": attended / 1e6, "ended_at_ms": ended / 1e6}
 
 
 def flops(case) -> int:

@@ -1,5 +1,9 @@
 """The README's tables, each made from records and nothing else."""
 
+import statistics
+
+from bench import regret
+
 
 def transport(records: list[dict]) -> list[str]:
     """ringkern's TCP against gloo, all ranks exchanging with all others at once."""
@@ -115,6 +119,100 @@ def options(records: list[dict]) -> list[str]:
     return _table(rows)
 
 
+def choice(records: list[dict]) -> list[str]:
+    """By how much the method that each rule takes misses the fastest, mean and worst."""
+    points = regret.points(records)
+    rows = [["link", "points", *regret.RULES.values()]]
+    links = list(dict.fromkeys(point.link for point in points))
+    for link in [*links, None]:
+        some = [point for point in points if link in (None, point.link)]
+        cells = [_mean_and_worst([p.regret(rule) for p in some]) for rule in regret.RULES]
+        rows.append([link or "all", len(some), *cells])
+    if points:
+        everywhere = [point.regret("auto") for point in points]
+        met = statistics.fmean(everywhere) <= 0.02 and max(everywhere) <= 0.08
+        rows.append(
+            ["asked for", "", "2 %, worst 8 %" + ("" if met else ", **missed**"), "", "", ""]
+        )
+    return _table(rows)
+
+
+def _mean_and_worst(shares: list[float]) -> str:
+    return f"{statistics.fmean(shares):.1%}, worst {max(shares):.1%}"
+
+
+def order(records: list[dict]) -> list[str]:
+    """pass_q against the paper's order, which returns all partial outputs at the end."""
+    heads = ["link", "new", "cached", "pass_q, p50", "paper's order, p50", "time"]
+    rows = [heads + ["after the last attention", "in the paper's order", "asked for"]]
+    for one in _of(records, "pass_q"):
+        peer = _find(records, one["case"], one["peer"])
+        rows.append(
+            [
+                one["link"],
+                one["shape"]["new"],
+                one["shape"]["cached"],
+                _time(one["time_us"]["p50"]),
+                _time(peer["time_us"]["p50"]),
+                f"{one['ratio']:.2f} x",
+                f"{_time(one['detail']['tail_ms'] * 1e3)}, {one['detail']['tail_ratio']:.2f} x",
+                _time(peer["detail"]["tail_ms"] * 1e3),
+                f"1 x, 0.5 x{_verdict(one)}",
+            ]
+        )
+    return _table(rows)
+
+
+def decode(records: list[dict]) -> list[str]:
+    """One token of each sequence, against the paper's ring decode."""
+    rows = [["batch", "cached", "gather_q, p50", "paper's ring decode, p50", "time", "asked for"]]
+    for one in _of(records, "gather_q"):
+        peer = _find(records, one["case"], one["peer"])
+        target = one["targets"].get("ratio")
+        rows.append(
+            [
+                one["shape"]["batch"],
+                one["shape"]["cached"],
+                _time(one["time_us"]["p50"]),
+                _time(peer["time_us"]["p50"]),
+                f"{one['ratio']:.2f} x",
+                "" if target is None else f"{target:.2f} x{_verdict(one)}",
+            ]
+        )
+    return _table(rows)
+
+
+def hidden(records: list[dict]) -> list[str]:
+    """pass_kv where equation (2) says that K and V travel under attention."""
+    rows = [["link", "new", "cached", "pass_kv, p50", "under way", "exposed", "asked for"]]
+    for one in _of(records, "pass_kv"):
+        if "exposed_comm" in one["targets"]:
+            rows.append(
+                [
+                    one["link"],
+                    one["shape"]["new"],
+                    one["shape"]["cached"],
+                    _time(one["time_us"]["p50"]),
+                    _time(one["detail"]["exchange_ms"] * 1e3),
+                    f"{one['exposed_comm']:.2%}",
+                    f"{one['targets']['exposed_comm']:.0%}{_verdict(one)}",
+                ]
+            )
+    return _table(rows)
+
+
+def host(records: list[dict]) -> list[str]:
+    """What a decode step and a layer's call cost in Python, by method."""
+    rows = [["method", "a decode step of 64, planned", "its choice", "a layer's call"]]
+    for plan in records:
+        layer = _find(records, plan["case"].replace("/plan/", "/layer/"), plan["impl"])
+        if plan["op"] == "host_plan" and layer:
+            times = [_time(one["time_us"]["p50"]) + _verdict(one) for one in (plan, layer)]
+            choice_us = _time(plan["detail"]["choice_us"])
+            rows.append([f"`{plan['impl']}`", times[0], choice_us, times[1]])
+    return _table(rows)
+
+
 # name -> (what the ids of its cases begin with, the function that makes it)
 TABLES = {
     "transport": ("exchange/", transport),
@@ -123,6 +221,11 @@ TABLES = {
     "memory": ("memory/", memory),
     "planning": ("plan/", planning),
     "options": ("exchange_options/", options),
+    "choice": ("stage/", choice),
+    "hidden": ("stage/", hidden),
+    "order": ("order/", order),
+    "decode": ("decode/", decode),
+    "host": ("host/", host),
 }
 
 

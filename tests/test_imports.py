@@ -32,7 +32,7 @@ ALLOWED = {
     "local": {"errors", "kernels"},
     "rendezvous": {"errors", "env"},
     "transport_local": {"errors"},
-    "transport": {"errors", "env", "rendezvous", "transport_local", "_C"},
+    "transport": {"errors", "env", "profile", "rendezvous", "transport_local", "_C"},
     "agreement": {"errors", "plan", "types"},
     "collectives": {"agreement", "errors"},
     "program": {"blocks", "local", "plan", "types"},
@@ -61,7 +61,6 @@ ALLOWED = {
     "api": {
         "agreement",
         "errors",
-        "profile",
         "shard",
         "plan",
         "problem",

@@ -10,7 +10,9 @@ import pytest
 import ringkern
 import torch
 import torch.distributed as dist
+from ringkern import profile
 from ringkern.launch import launch, run_ranks
+from threads import HARDWARE
 
 
 def ring_sum(ring):
@@ -160,6 +162,15 @@ def test_ranks_that_do_not_fit_are_refused_alike(change, name, match):
         assert re.fullmatch(name, kind), text
         assert re.search(match, text), text
         assert took < 8
+
+
+def test_ranks_with_different_profiles_are_refused(tmp_path):
+    """They would choose different methods."""
+    path = tmp_path / "profile.json"
+    profile.save(HARDWARE, str(path))
+    change = {1: {"RINGKERN_PROFILE": str(path)}}
+    for kind, text, _ in launch(refused, 3, change, 10, threads=1, timeout_s=40):
+        assert kind == "ArgumentError" and "profile differs between ranks" in text, text
 
 
 def test_a_world_size_that_does_not_match():

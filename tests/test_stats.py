@@ -40,7 +40,7 @@ def test_times_and_bytes_by_method_and_step(monkeypatch):
         "pass_kv"
     ] * 3
     assert [event.call for event in stats.events] == [0] * 3 + [1] * 3 + [2] * 3
-    assert [(span.method, span.call) for span in stats.spans] == [
+    assert [(call.method, call.call) for call in stats.finished] == [
         ("pass_kv", 0),
         ("pass_q", 1),
         ("pass_kv", 2),

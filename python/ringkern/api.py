@@ -1,7 +1,6 @@
 """The public functions of a ring: check, plan, run."""
 
 import functools
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +12,6 @@ from ringkern.errors import check
 from ringkern.packed import check_edges
 from ringkern.plan import Plan
 from ringkern.problem import check_dims, make_problem
-from ringkern.profile import load
 from ringkern.ring import Ring
 from ringkern.schedule import check_method
 from ringkern.transport import open_transport
@@ -46,8 +44,10 @@ def init_ring(
         secret: at least 32 bytes that every rank knows; None means RINGKERN_SECRET or
             RINGKERN_SECRET_FILE, else one that rank 0 draws and shares over the rendezvous.
         profile: for the choice of method: a file that `ringkern calibrate` wrote, or a
-            types.Hardware; None means RINGKERN_PROFILE, else the ring measures itself in some
-            tenths of a second when it first has to choose.
+            types.Hardware, the same on every rank; None means RINGKERN_PROFILE, else the ring
+            measures itself in some tenths of a second when it first has to choose.
+
+    With RINGKERN_TRACE=FILE on every rank, the ring's close() has rank 0 write a trace.
 
     Raises:
         ArgumentError: no environment, or ranks disagree in world size or options.
@@ -55,9 +55,7 @@ def init_ring(
         TransportError: a rank or port cannot be reached, or not in time.
         UnsupportedError: CUDA or NCCL.
     """
-    profile = os.environ.get("RINGKERN_PROFILE") if profile is None else profile
-    hardware = None if profile is None else load(profile)
-    ring = Ring(*open_transport(group, transport, device, timeout_s, secret), hardware)
+    ring = Ring(*open_transport(group, transport, device, timeout_s, secret, profile))
     if ring.transport != "local":  # threads share this list; they name their rings
         _rings[:] = [old for old in _rings if not old.closed] + [ring]
     return ring

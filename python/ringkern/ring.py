@@ -1,4 +1,4 @@
-"""The ring: runs the steps of a schedule. The only module that sees kernels and transport both."""
+"""The ring: checks a call, chooses its method, and runs its program over the transport."""
 
 import torch
 
@@ -108,7 +108,7 @@ class Ring(Collectives):
             TransportError: a rank is gone or late; the error names it.
         """
         mask = causal, softmax_scale, window_size, softcap
-        asked = *mask, method, partial_dtype, None if cache else layer
+        asked = *mask, method, partial_dtype, layer if cache is None else None
         given = signature(q, k, v, sinks, *asked), type(cache), self.rank, self.world_size
         known = given[0] and type(plan) is Plan and not (self._closed or self.compares_arguments)
         problem = plan.memo.get(given) if known else None

@@ -21,7 +21,7 @@ class Event(NamedTuple):
     method: str = ""
 
 
-class Span(NamedTuple):
+class Call(NamedTuple):
     """One finished call of ring.attn(), from its choice of method to its result."""
 
     method: str
@@ -52,7 +52,7 @@ class Stats:
     def keep(self, count: int) -> None:
         """Keep the latest `count` events from now on. Forgets the ones so far."""
         self._events = collections.deque(maxlen=count)
-        self._spans = collections.deque(maxlen=count)
+        self._finished = collections.deque(maxlen=count)
 
     # ---- in a call: called at every step, so tuples and ints only
 
@@ -84,7 +84,7 @@ class Stats:
     def end(self) -> None:
         """Count the call as finished."""
         end_ns, record = time.monotonic_ns(), self._record
-        self._spans.append((self._method, self.calls, self._start_ns, end_ns))
+        self._finished.append((self._method, self.calls, self._start_ns, end_ns))
         record.call_ns += end_ns - self._start_ns
         record.calls += 1
         self.calls += 1
@@ -97,9 +97,9 @@ class Stats:
         return [Event._make(event) for event in self._events]
 
     @property
-    def spans(self) -> list[Span]:
+    def finished(self) -> list[Call]:
         """The latest finished calls, oldest first."""
-        return [Span._make(span) for span in self._spans]
+        return [Call._make(call) for call in self._finished]
 
     @property
     def dropped(self) -> int:

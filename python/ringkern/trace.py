@@ -11,26 +11,26 @@ import pathlib
 from collections.abc import Iterable
 
 from ringkern.clock import Alignment
-from ringkern.stats import Event, Span
+from ringkern.stats import Call, Event
 
 CALLS_ROW, EXCHANGE_ROW = 0, 1  # and up, where exchanges overlap
 
 
 def render(
-    facts: dict, events: Iterable[Event], spans: Iterable[Span], alignment: Alignment, zero_ns: int
+    facts: dict, events: Iterable[Event], calls: Iterable[Call], alignment: Alignment, zero_ns: int
 ) -> str:
     """Return one rank's part of a trace: JSON objects, a line each, with a comma between them.
 
     Args:
         facts: of the rank: "rank", "world_size", "host".
-        events, spans: what Stats keeps, by the rank's own clock.
+        events, calls: what Stats keeps, by the rank's own clock.
         alignment: from that clock to rank 0's.
         zero_ns: rank 0's time that the trace begins at.
     """
     rows: dict[int, list] = {CALLS_ROW: []}
-    for span in spans:
-        args = {"call": span.call, "method": span.method}
-        rows[CALLS_ROW].append((span.start_ns, -span.end_ns, span.method, "call", args))
+    for call in calls:
+        args = {"call": call.call, "method": call.method}
+        rows[CALLS_ROW].append((call.start_ns, -call.end_ns, call.method, "call", args))
     exchanges = []
     for event in events:
         args = {"call": event.call, "step": event.step, "method": event.method}

@@ -123,7 +123,7 @@ class Tracer:
             "clock_error_us": [offset.error_ns / 1e3 for offset in offsets],
         }
         alignment = Alignment(*offsets)
-        text = trace.render(facts, events, self._stats.spans, alignment, self._zero_ns)
+        text = trace.render(facts, events, self._stats.finished, alignment, self._zero_ns)
         return facts, text
 
     # ---- between the ranks. Rank 0 has the clock that counts, and the others turn to it in order.

@@ -16,6 +16,7 @@ from ringkern.errors import (
     UnsupportedError,
     check,
 )
+from ringkern.profile import load
 from ringkern.rendezvous import meet
 from ringkern.transport_local import LocalGroup, LocalTransport
 
@@ -42,17 +43,23 @@ class TcpTransport:
 
     name = "tcp"
 
-    def __init__(self, group, timeout_s: float, secret: bytes | str | None, number: int):
+    def __init__(
+        self, group, timeout_s: float, secret: bytes | str | None, number: int, alike: dict
+    ):
         from ringkern import _C  # here, so that planning and attn_func need no extension
 
         secret = env.secret(secret)
         options = {"lanes": env.lanes(), "checksum": env.flag("RINGKERN_CHECKSUM")}
-        alike = options | {
-            "timeout_s": timeout_s,
-            "own_secret": secret is not None,
-            "RINGKERN_CHECK": env.flag("RINGKERN_CHECK"),
-            "RINGKERN_TRACE": env.trace() is not None,
-        }
+        alike = (
+            options
+            | alike
+            | {
+                "timeout_s": timeout_s,
+                "own_secret": secret is not None,
+                "RINGKERN_CHECK": env.flag("RINGKERN_CHECK"),
+                "RINGKERN_TRACE": env.trace() is not None,
+            }
+        )
         self._meeting = meeting = meet(
             group, timeout_s, number
         )  # rank 0 may serve the store: keep it
@@ -141,9 +148,11 @@ def _close_all():
         transport.close()
 
 
-def open_transport(group, transport: str, device, timeout_s: float, secret):
-    """Return the transport that the arguments of init_ring() name, and its device."""
+def open_transport(group, transport: str, device, timeout_s: float, secret, profile):
+    """Return the transport that the arguments of init_ring() name, its device, and the profile."""
     number = next(_numbers)  # before any check: one rank's refusal must not shift its later rings
+    profile = os.environ.get("RINGKERN_PROFILE") if profile is None else profile
+    hardware = None if profile is None else load(profile)
     names = ("auto", "tcp", "nccl", "local")
     check(transport in names, "transport", f"one of {', '.join(names)}", repr(transport))
     ok = isinstance(timeout_s, (int, float)) and 0 < timeout_s <= 1e6
@@ -160,8 +169,10 @@ def open_transport(group, transport: str, device, timeout_s: float, secret):
     if transport == "local" or isinstance(group, LocalGroup.Member):
         check(transport in ("local", "auto"), "transport", '"local" with a LocalGroup', transport)
         check(secret is None, "secret", 'None with transport="local"', "a secret")
-        return LocalTransport(group, timeout_s), device
-    return TcpTransport(group, timeout_s, secret, number), device
+        return LocalTransport(group, timeout_s), device, hardware
+    # Ranks with other profiles would choose other methods.
+    alike = {"profile": hashlib.sha256(repr(hardware).encode()).hexdigest()[:8]}
+    return TcpTransport(group, timeout_s, secret, number, alike), device, hardware
 
 
 def _check_alike(facts: list[dict], keys) -> None:
