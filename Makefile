@@ -7,9 +7,12 @@ CORE := $(wildcard csrc/*) CMakeLists.txt setup.py
 CPP_TESTS := $(wildcard tests/cpp/*)
 # torch 2.13.0: the tested version, and on PyPI's mirrors with a CPU build it keeps CUDA away.
 TORCH := torch==2.13.0
+# The triton that the tests take where torch brings none, and the oldest that must work.
+TRITON := 3.7.1
+TRITON_OLDEST := 3.6.0
 DOCTEST := $(firstword $(wildcard /usr/include/doctest/doctest.h /usr/local/include/doctest/doctest.h))
 
-.PHONY: demo test test-cpp check format sanitize bench wheel clean
+.PHONY: demo test test-cpp check format sanitize bench compile-check compile-report wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -50,6 +53,26 @@ endif
 bench: $(VENV)/demo
 	$(BIN)/python -m bench.run $(CASE)
 	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.plot
+
+# Compiles every kernel for GPUs that need not be there, and compares the machine code with
+# tests/compile_report.jsonl: under the triton of the tests and under the oldest.
+OLDEST := $(abspath $(VENV))/triton-$(TRITON_OLDEST)
+
+compile-check: $(VENV)/test $(OLDEST)/.installed
+	$(BIN)/python -m tests.compile_report
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m tests.compile_report
+
+compile-report: $(VENV)/test $(OLDEST)/.installed
+	$(BIN)/python -m tests.compile_report --write
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m tests.compile_report --write
+
+# In front of the environment, so that torch need not be there twice. numpy: the newest with which
+# this triton interprets kernels.
+$(OLDEST)/.installed: | $(VENV)/base
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) \
+	    triton==$(TRITON_OLDEST) 'numpy<2.4'
+	touch $@
 
 # Builds sdist and wheel, and installs each in an empty environment.
 wheel: $(VENV)/dev
@@ -74,7 +97,8 @@ $(VENV)/installed: $(VENV)/base $(CORE)
 	touch $@
 
 $(VENV)/demo $(VENV)/test $(VENV)/dev: $(VENV)/%: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$*]' \
+	    $(if $(filter test,$*),triton==$(TRITON))
 	touch $@
 
 build/core/.built build/address/.built build/thread/.built: build/%/.built: $(CORE) $(CPP_TESTS) | $(VENV)/base

@@ -15,7 +15,18 @@ from ringkern import cli
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench/ is no part of the package
 
-from bench import cases, links, oracle, record, report, run, summary, transport  # noqa: E402
+from bench import (  # noqa: E402
+    cases,
+    links,
+    oracle,
+    record,
+    regret,
+    report,
+    run,
+    summary,
+    tables,
+    transport,
+)
 from bench.measurement import Measurement, combine  # noqa: E402
 
 FACTS = {"run": "r1", "versions": {"ringkern": "0+g0", "torch": "0"}, "env": {}, "note": ""}
@@ -96,6 +107,39 @@ def test_a_wrong_element_and_a_call_that_did_nothing_are_seen():
     receive()
     state.recv[2][1, 5] += 7
     assert transport.check(state, "ringkern") == {"ok": False, "max_err": 7.0}
+
+
+STAGE = cases.select(["stage/tcp/w4/280mbit/b1/T16/P2048/*"])[0]
+
+
+def make_stage_records(auto="gather_q", **ms):
+    """Return records of a grid point where auto takes a method, and all other rules pass_kv."""
+    taken = {"auto": auto} | dict.fromkeys(list(regret.RULES)[1:], "pass_kv")
+    chosen = {f"{rule}:{m}": int(taken[rule] == m) for rule in taken for m in STAGE.impls}
+    ends = {"attended_at_ms": 1.0, "ended_at_ms": 3.0}
+    found = {m: combine([measured(ms[m], **chosen, **ends)]) for m in STAGE.impls}
+    return summary.make_records(STAGE, found, FACTS)
+
+
+def test_regret_by_hand():
+    times = dict(pass_kv=30.0, pass_q=11.0, gather_kv=33.0, gather_q=10.0)
+    records = make_stage_records(**times)
+    assert [fault for one in records for fault in record.check(one)] == []
+    (point,) = regret.points(records)
+    assert (point.fastest, point.new, point.cached) == ("gather_q", 16, 2048)
+    assert point.regret("auto") == 0 and point.regret("algorithm_1") == pytest.approx(2.0)
+    assert regret.points(records[:3]) == [], "a point needs all four methods"
+    lines = tables.choice(records)
+    assert "| all | 1 | 0.0%, worst 0.0% | 200.0%, worst 200.0% |" in lines[-2]
+    assert "missed" not in lines[-1]
+    assert "missed" in tables.choice(make_stage_records("pass_q", **times))[-1], "10 % is too much"
+
+
+def test_a_tail_is_from_the_last_attention_of_all_ranks():
+    """A rank that waits for a slower one has no tail."""
+    early = measured(1.0, attended_at_ms=10.0, ended_at_ms=31.0)
+    late = measured(1.0, attended_at_ms=28.0, ended_at_ms=30.0)
+    assert combine([early, late]).details == [{"tail_ms": 3.0}] * 3
 
 
 def test_one_percent_too_large_is_seen():

@@ -35,7 +35,7 @@ def measure(ring, budget_s: float = 3.0, problem: Problem = TYPICAL, shapes=SHAP
         problem: whose heads, head sizes and dtype to attend with.
         shapes: (query rows, keys) of the attention to time.
     """
-    share = budget_s / (len(shapes) + 6)
+    share = budget_s / (len(shapes) + 8)
     ring.barrier()
     mine = {"span_us": _mean_us(_attention(1, 1, problem), share), "attend_tflops": []}
     per_pair = 2 * problem.nheads * (problem.headdim + problem.headdim_v)
@@ -45,13 +45,16 @@ def measure(ring, budget_s: float = 3.0, problem: Problem = TYPICAL, shapes=SHAP
         mine["attend_tflops"].append((rows, per_pair * rows * keys / us / 1e6))
     mine["merge_gb_s"] = _merge_gb_s(problem, share)
     mine["latency_us"] = _exchange_us(ring, 8, share)
-    mine["link_gb_s"], nbytes = _link(ring, share)
-    both = _both_us(ring, _attention(16, 1024, problem), 8, share)
+    mine["link_gb_s"] = _link_gb_s(ring, share)
+    both = _both_us(ring, _attention(16, 1024, problem), 8, 2 * share)
     mine["step_us"] = max(0.0, both.together - max(both.attend, mine["latency_us"]))
-    both = _both_us(ring, _attention(64, 1024, problem), nbytes, share)
+    # Half as long under way as attended: where messages hide, what do they take from attention?
+    nbytes = min(LINK_BYTES[1], max(4096, int(mine["link_gb_s"] * 2e3 * both.attend)))
+    nbytes = ring.gather_int(nbytes)[0]
+    both = _both_us(ring, _attention(64, 1024, problem), nbytes, 2 * share)
     exchange = mine["latency_us"] + nbytes / mine["link_gb_s"] / 1e3
-    lost = both.together - max(both.attend, exchange) - mine["step_us"]
-    mine["contention"] = min(1.0, max(0.0, lost / min(both.attend, exchange)))
+    lost = both.together - both.attend - mine["step_us"]
+    mine["contention"] = min(1.0, max(0.0, lost / exchange))
     ranks = [json.loads(x) for x in ring.gather_bytes(json.dumps(mine).encode())]
 
     def mean(pick):
@@ -93,8 +96,8 @@ def _merge_gb_s(problem, seconds):
     return 4 * (q.numel() + part[1].numel()) / us / 1e3
 
 
-def _link(ring, seconds):
-    """Return the rate of a send to the next rank with a receive from the previous one, and a size.
+def _link_gb_s(ring, seconds):
+    """Return the rate of a send to the next rank with a receive from the previous one.
 
     From the times of two sizes, so that what an exchange costs at any size is left out. The larger
     fits the link: enough to be timed, and little for a slow one.
@@ -106,7 +109,7 @@ def _link(ring, seconds):
             break
         nbytes *= 4
     more = _exchange_us(ring, nbytes, seconds) - _exchange_us(ring, nbytes // 4, seconds / 2)
-    return (nbytes - nbytes // 4) / max(1e-3, more) / 1e3, nbytes
+    return (nbytes - nbytes // 4) / max(1e-3, more) / 1e3
 
 
 def _exchange_us(ring, nbytes, seconds):
@@ -126,18 +129,25 @@ class _Both(NamedTuple):
 
 
 def _both_us(ring, attend, nbytes, seconds):
-    """Return the times of a step, as a call makes them, and of its attention alone."""
-    alone = _repeat(ring, attend, seconds / 2)
+    """Return the times of a step, as a call makes them, and of its attention alone, in turns."""
     post = _neighbours(ring, nbytes) if ring.world_size > 1 else None
+    alone = []
 
     def step():
+        start = time.perf_counter()
+        attend()
+        alone.append(time.perf_counter() - start)
+        ring.barrier()
+        start = time.perf_counter()
         ticket = post and post()
         attend()
         if ticket:
             ticket.wait()
+        together.append(time.perf_counter() - start)
 
-    together = _repeat(ring, step, seconds)
-    return _Both(*(sum(times) / len(times) * 1e6 for times in (alone, together)))
+    together = []
+    _repeat(ring, step, seconds)
+    return _Both(*(sum(times[1:]) / len(times[1:]) * 1e6 for times in (alone, together)))
 
 
 def _neighbours(ring, nbytes):

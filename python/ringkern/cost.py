@@ -116,15 +116,14 @@ def predict_us(
 ) -> dict[str, float]:
     """Return the time of one call by each method: the slowest rank of each step.
 
-    A step's messages travel under its work, so it takes the longer of the two, and more as far as
-    they are in each other's way. Where ranks exchange they also wait for one another: step_us.
+    A step's messages travel under its work, from which they take a share of their time: contention.
+    Where ranks exchange they also wait for one another: step_us.
     """
 
     def total(us):
         attend, exchange = us[..., 0], us[..., 1]
-        in_the_way = hardware.contention * np.minimum(attend, exchange)
-        steps = np.maximum(attend, exchange) + in_the_way + hardware.step_us * (exchange > 0)
-        return float(steps.max(axis=1).sum())
+        steps = np.maximum(exchange, attend + hardware.contention * exchange)
+        return float((steps + hardware.step_us * (exchange > 0)).max(axis=1).sum())
 
     steps = steps_us(plan, problem, hardware, methods)
     return {method: total(us) for method, us in steps.items()}

@@ -109,4 +109,4 @@ class Hardware:
     link_gb_s: float  # between neighbours, both ways at once, each way
     latency_us: float  # of an exchange of nothing much
     step_us: float = 0.0  # what a step with messages costs beyond them and its work
-    contention: float = 0.0  # of work and messages at once, how much of the shorter is not hidden
+    contention: float = 0.0  # how much of the time that messages travel they take from work
