@@ -14,11 +14,12 @@ import struct
 import subprocess
 
 SUBNET = "10.231.77"
-# A bucket of two packets of 0.5 ms: what it lets through at once must be little beside a message.
+# A bucket of one packet of 0.5 ms: what it lets through at once must be little beside a message.
 # But a packet larger than the bucket is cut to what a wire takes, 1500 bytes, and on fast links the
 # kernel's work per packet would take the cores that the ranks compute on.
 PACKET_S = 0.5e-3
 LEAST_PACKET_BYTES = 1600
+FRAME_BYTES = 100  # headers, which count
 QUEUE_BYTES = 4 << 20  # deep enough that nothing is dropped: a receive window is smaller
 SLICE_NS = 300_000
 CONGESTION_CONTROL = "reno"  # every kernel has it; on links without loss it fills them
@@ -80,7 +81,7 @@ class Links:
             for where, name in ((mine, "lo"), (mine, "eth0"), (hub, port)):
                 _run("ip", "-n", where, "link", "set", name, "up")
             for where, name in ((mine, "eth0"), (hub, port)):
-                shape = ("rate", f"{self.mbit}mbit", "burst", str(2 * self._packet))
+                shape = ("rate", f"{self.mbit}mbit", "burst", str(self._packet + FRAME_BYTES))
                 queue = ("limit", str(QUEUE_BYTES))
                 large = ("gso_max_size", str(self._packet))
                 _run("ip", "-n", where, "link", "set", "dev", name, *large)

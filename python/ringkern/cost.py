@@ -117,13 +117,13 @@ def predict_us(
     """Return the time of one call by each method: the slowest rank of each step.
 
     A step's messages travel under its work, from which they take a share of their time: contention.
-    Where ranks exchange they also wait for one another: step_us.
+    After work, ranks wait for one another: step_us, and no longer than they worked.
     """
 
     def total(us):
         attend, exchange = us[..., 0], us[..., 1]
-        steps = np.maximum(exchange, attend + hardware.contention * exchange)
-        return float((steps + hardware.step_us * (exchange > 0)).max(axis=1).sum())
+        late = hardware.contention * exchange + np.minimum(hardware.step_us, attend)
+        return float(np.maximum(exchange, attend + late).max(axis=1).sum())
 
     steps = steps_us(plan, problem, hardware, methods)
     return {method: total(us) for method, us in steps.items()}

@@ -108,5 +108,5 @@ class Hardware:
     merge_gb_s: float  # parts merged, 1e9 bytes/s
     link_gb_s: float  # between neighbours, both ways at once, each way
     latency_us: float  # of an exchange of nothing much
-    step_us: float = 0.0  # what a step with messages costs beyond them and its work
+    step_us: float = 0.0  # by how much ranks fall out of step in one that works so long
     contention: float = 0.0  # how much of the time that messages travel they take from work
