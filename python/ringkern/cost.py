@@ -129,21 +129,22 @@ def predict_us(
     return {method: total(us) for method, us in steps.items()}
 
 
-# A gather holds K and V, or partial outputs, of all ranks at once. It must be worth it.
+# A gather holds K and V, or queries and their parts, of all ranks at once: beyond so many bytes it
+# must be worth it, by so much. The ring methods need two buffers however many ranks there are.
+GATHER_BYTES = 16 << 20
 GATHER_GAIN = 0.02
 
 
 def choose(plan: Plan, problem: Problem, hardware: Hardware) -> Choice:
-    """Return the method with the least predicted time.
-
-    The ring methods need two buffers however many ranks there are, so a gather is chosen only where
-    it is faster by more than GATHER_GAIN.
-    """
+    """Return the method with the least predicted time; a gather must be worth what it holds."""
     if plan.world_size == 1:
         return Choice("pass_kv", "one rank: nothing travels", dict.fromkeys(METHODS, 0.0))
     predicted = predict_us(plan, problem, hardware)
-    burden = {m: 1.0 + GATHER_GAIN * m.startswith("gather") for m in METHODS}
-    best = min(METHODS, key=lambda method: predicted[method] * burden[method])
+    kv_tokens = sum(plan.kv_tokens(rank) for rank in range(plan.world_size))
+    asked = sum(block_bytes(kind, plan.total, problem) for kind in ("q", "part"))
+    held = {"gather_kv": block_bytes("kv", kv_tokens, problem), "gather_q": asked}
+    burden = {m: GATHER_GAIN * (held.get(m, 0) > GATHER_BYTES) for m in METHODS}
+    best = min(METHODS, key=lambda method: predicted[method] * (1 + burden[method]))
     others = ", ".join(f"{m} {us:.0f}" for m, us in predicted.items() if m != best)
     return Choice(best, f"{best} {predicted[best]:.0f} us predicted; {others}", predicted)
 
