@@ -22,9 +22,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def draw(points: list[regret.Point], path: pathlib.Path) -> None:
-    """Draw a panel for each link: what auto takes, where another is faster, where it changes."""
+    """Draw a panel for each link: what auto takes and where that changes; below it, what is faster."""
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "ringkern"  # the same file from the same records
+    # The same file from the same records, its text as text.
+    matplotlib.rcParams.update({"svg.hashsalt": "ringkern", "svg.fonttype": "none"})
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
@@ -50,19 +51,18 @@ def _panel(panel, link, points):
     for (x, y), point in cells.items():
         took = point.taken["auto"]
         panel.add_patch(_square(x, y, COLOURS[took]))
-        text = f"{took}\n{point.us[took] / 1e3:.3g} ms"
+        text = f"{took}\n{_time(point.us[took])}"
         if point.fastest != took:
-            text += f"\n{point.fastest} {point.regret('auto'):.1%} faster"
+            text += f"\n{point.fastest}\n{_time(point.us[point.fastest])}"
         panel.text(x, y, text, ha="center", va="center", fontsize=6.5)
-        for dx, dy in ((1, 0), (0, 1)):
-            other = cells.get((x + dx, y + dy))
-            if other and ("kv" in took) != ("kv" in other.taken["auto"]):
-                ends = (
-                    ([x + 0.5] * 2, [y - 0.5, y + 0.5])
-                    if dx
-                    else ([x - 0.5, x + 0.5], [y + 0.5] * 2)
-                )
-                panel.plot(*ends, color="black", linewidth=2.5)
+        # The next points to the right and above; some rows and columns have few.
+        beside = min((i for i, j in cells if j == y and i > x), default=None)
+        above = min((j for i, j in cells if i == x and j > y), default=None)
+        line = dict(color="black", linewidth=2.5)
+        if beside is not None and _changes(point, cells[beside, y]):
+            panel.plot([(x + beside) / 2] * 2, [y - 0.5, y + 0.5], **line)
+        if above is not None and _changes(point, cells[x, above]):
+            panel.plot([x - 0.5, x + 0.5], [(y + above) / 2] * 2, **line)
     # Equation (1): Q is the smaller message where T / (T + P) <= 2 * nheads_k / nheads = 1 / 8.
     curve = [(x, _place(7 * new, cacheds)) for x, new in enumerate(news)]
     panel.plot(*zip(*[c for c in curve if c[1] is not None], strict=True), ":", color="black")
@@ -71,6 +71,15 @@ def _panel(panel, link, points):
     panel.set_xlim(-0.5, len(news) - 0.5)
     panel.set_ylim(-0.5, len(cacheds) - 0.5)
     panel.set(xlabel="new tokens", ylabel="cached tokens", title=f"what auto takes, link {link}")
+
+
+def _changes(one, other) -> bool:
+    """Return whether auto sends K and V at one point, and Q at the other."""
+    return ("kv" in one.taken["auto"]) != ("kv" in other.taken["auto"])
+
+
+def _time(us: float) -> str:
+    return f"{us / 1e6:.2f} s" if us >= 1e6 else f"{us / 1e3:.3g} ms"
 
 
 def _square(x, y, colour):
