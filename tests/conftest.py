@@ -1,6 +1,13 @@
 """Settings of all tests."""
 
+import os
+
+import torch
 from hypothesis import settings
+
+# Without a GPU, kernels run in Triton's interpreter. Read when ringkern.kernels.target is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # No deadline per example: a busy machine is no fault of the code. Runs draw the same examples.
 settings.register_profile("ringkern", deadline=None, derandomize=True)

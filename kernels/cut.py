@@ -1,0 +1,73 @@
+"""How a step is cut into tiles, and the table of them that its kernel reads."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from ringkern.kernels import configs
+
+# Heads are packed into the rows of a tile where, apart, so much less of the tiles would be used.
+PACK_BELOW = 0.9
+
+
+class Cut(NamedTuple):
+    """How a step is cut into tiles: known from shapes alone, before its table is made."""
+
+    block_m: int  # rows of a tile: tokens, or tokens x heads
+    block_n: int  # keys of a block
+    group: int  # heads packed into the rows of a tile; 1: each head has tiles of its own
+    num_warps: int
+    num_stages: int
+
+    @property
+    def block_q(self) -> int:
+        """Tokens of a tile."""
+        return self.block_m // self.group
+
+
+class Table(NamedTuple):
+    """The work of a step on its device: what ringkern.tile_table made of the spans for a cut."""
+
+    tiles: torch.Tensor  # int32 [n * splits, 5]: q0, q1, begin, middle, end
+    pieces: torch.Tensor  # int32 [m, 6]: k0, k1, lo, hi, q_stride, k_stride
+    splits: int  # parts of each tile, which are merged after the step
+    rows: tuple[int, int]  # the first row of any tile, and the end of the last
+    cut: Cut
+
+
+def choose_cut(
+    nheads: int, nheads_k: int, headdim: int, headdim_v: int, dtype: str, arch: int, tokens: int
+) -> Cut:
+    """Return how to cut steps whose runs of queries have up to `tokens` rows.
+
+    dtype as configs.pick() takes it. Few tokens: the heads of a group share a tile, so that K and V
+    are read once for all of them, and the tile gets no more rows than it needs.
+
+    Raises:
+        ValueError: no configuration has this headdim or dtype.
+    """
+    config = configs.pick("step", arch, headdim, headdim_v, dtype)
+    block_m, group = config.block_m, nheads // nheads_k
+    apart = tokens / (triton.cdiv(tokens, block_m) * block_m)
+    packed = 0.0
+    if group <= block_m:
+        packed = tokens * group / (triton.cdiv(tokens, block_m // group) * block_m)
+    group = group if apart < PACK_BELOW * packed else 1
+    block_m = min(block_m, max(16, triton.next_power_of_2(tokens * group)))
+    num_warps = min(config.num_warps, 4) if block_m < config.block_m else config.num_warps
+    return Cut(block_m, config.block_n, group, num_warps, config.num_stages)
+
+
+def tiles_to_fill(cut: Cut, batch: int, nheads: int, processors: int) -> int:
+    """Return how many tiles fill a GPU: the `fill` of tile_table.make_tiles().
+
+    Two programs for each of its processors; a tile is one program for each entry and group.
+    """
+    return triton.cdiv(2 * processors, max(batch * (nheads // cut.group), 1))
+
+
+def make_table(tile_table, cut: Cut, device) -> Table:
+    """Return a ringkern.tile_table.TileTable, made with cut.block_q and cut.block_n, on a device."""
+    tiles, pieces = (torch.from_numpy(x).to(device) for x in (tile_table.tiles, tile_table.pieces))
+    rows = tile_table.tiles[:, 0].min(initial=(1 << 31) - 1), tile_table.tiles[:, 1].max(initial=0)
+    return Table(tiles, pieces, tile_table.splits, tuple(map(int, rows)), cut)

@@ -1,0 +1,261 @@
+"""Decode in Triton: few queries per sequence against paged K and V.
+
+Decode reads all of K and V once and computes little, so what counts is bytes in flight. All query
+heads of a key head, and all queries of a sequence, are rows of one tile, so K and V are read once
+for them; the keys of a sequence are split over programs, whose parts merge.py adds up. The split
+and the order of the sum depend on num_splits and the sequence's own length alone: same bits
+whatever else is in the batch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from ringkern.kernels import configs, merge
+from ringkern.kernels.step import _finish, _fold, _load, _seed
+from ringkern.kernels.target import arch as arch_of
+from ringkern.kernels.target import check, check_tensors, dtype_name
+from ringkern.kernels.variant import Variant
+
+LOG2E = 1.4426950408889634
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FEWEST_ROWS = 16  # of a tile: what a matrix instruction takes
+KEYS_PER_SPLIT = 256  # at least; fewer cost more to start and merge than they save
+PROGRAMS_PER_SM = 4  # that choose_splits() aims at
+
+
+@triton.jit
+def _decode(
+    q,  # [total_q, nheads, headdim]
+    k,  # [num_slots, nheads_k, headdim]
+    v,  # [num_slots, nheads_k, headdim_v]
+    out,  # [splits, total_q, nheads, headdim_v]; out and lse hold a state if SEED is "state"
+    lse,  # [splits, nheads, total_q]
+    block_table,  # [sequences, max_pages]
+    seqlens, cu_seqlens_q, limits, scale2, cap2, tiles, nheads_k,
+    q_row, q_head, k_slot, k_head, v_slot, v_head, table_row,
+    out_part, out_row, out_head, lse_part, lse_head, lse_row,
+    HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    SEED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Grid: sequences, their tiles of rows and heads of K and V in one; splits of the keys.
+    program, split = tl.program_id(0), tl.program_id(1)
+    head_k = (program % nheads_k).to(tl.int64)
+    tile = program // nheads_k % tiles
+    seq = program // nheads_k // tiles
+    q0, q1 = tl.load(cu_seqlens_q + seq), tl.load(cu_seqlens_q + seq + 1)
+    if q0 + tile * BLOCK_M // GROUP >= q1:
+        return
+    # This split's keys [begin, end): whole blocks, the same number in all splits but the last.
+    seqlen = tl.load(seqlens + seq)
+    blocks = tl.cdiv(tl.cdiv(seqlen, BLOCK_N), tl.num_programs(1))
+    begin = split * blocks * BLOCK_N
+    end = tl.minimum(begin + blocks * BLOCK_N, seqlen)
+    if SEED == "state" and begin >= end:
+        return
+
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = (q0 + rows // GROUP).to(tl.int64)
+    head = head_k * GROUP + rows % GROUP
+    inside = token < q1
+    d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
+    out_at = out + split.to(tl.int64) * out_part + token * out_row + head * out_head
+    lse_at = lse + split.to(tl.int64) * lse_part + token * lse_row + head * lse_head
+    acc, top, mass = _seed(out_at, lse_at, None, inside, dv, HEADDIM_V, SEED, BLOCK_M, BLOCK_DV)
+    q_at = (q + token * q_row + head * q_head)[:, None] + d[None, :]
+    q_tile = _load(q_at, inside[:, None] & (d < HEADDIM)[None, :], True)  # [BLOCK_M, BLOCK_D]
+
+    if limits is not None:
+        limit = tl.load(limits + token, mask=inside, other=0)  # [BLOCK_M]
+    table = block_table + seq.to(tl.int64) * table_row
+    kt_at = k + head_k * k_head + d[:, None]
+    v_at = v + head_k * v_head + dv[None, :]
+    for j in tl.range(begin, end, BLOCK_N):
+        key = j + n
+        there = key < end
+        page = tl.load(table + key // PAGE_SIZE, mask=there, other=0)  # [BLOCK_N]
+        slot = page.to(tl.int64) * PAGE_SIZE + key % PAGE_SIZE
+        there_k = there[None, :] & (d < HEADDIM)[:, None]
+        there_v = there[:, None] & (dv < HEADDIM_V)[None, :]
+        kt = _load(kt_at + slot[None, :] * k_slot, there_k, True)  # [BLOCK_D, BLOCK_N]
+        v_tile = _load(v_at + slot[:, None] * v_slot, there_v, True)  # [BLOCK_N, BLOCK_DV]
+        visible = there[None, :]
+        if limits is not None:
+            visible = visible & (key[None, :] < limit[:, None])
+        acc, top, mass = _fold(
+            acc, top, mass, q_tile, kt, v_tile, visible, scale2, cap2, True, SOFTCAP, PRECISION
+        )
+    # Warps share rows: nobody writes the state before all have read it.
+    tl.debug_barrier()
+    _finish(acc, top, mass, out_at, lse_at, lse_at, inside, dv, HEADDIM_V, SEED)
+
+
+def decode(
+    q, k, v, out, lse, block_table, seqlens, cu_seqlens_q, *,
+    max_seqlen_q, page_size, softmax_scale, softcap=0.0, limits=None, num_splits=1, seeded=False,
+    allow_tf32=False,
+) -> None:  # fmt: skip
+    """Attend to paged K and V and write (out, lse), or add to what they hold.
+
+    A query sees all seqlens[i] keys of its sequence, or the first limits[row] of them: keys lie
+    in order of position, so that is how causality and right windows come down to a number.
+
+    Args:
+        q: [total_q, nheads, headdim], float16, bfloat16 or float32; a last stride of 1, as in
+            every tensor with heads here. The other strides are free.
+        k, v: [num_slots, nheads_k, headdim] and [..., headdim_v], of q's dtype. A token lies in
+            slot page * page_size + offset.
+        out: [total_q, nheads, headdim_v] float32; any of q's dtypes unless seeded.
+        lse: [nheads, total_q] float32, natural log.
+        block_table: [sequences, max_pages] int32, the pages of a sequence in order; entries past
+            its seqlen are not read.
+        seqlens: [sequences] int32, tokens in the pages; with 0 the sequence's queries get
+            (0, -inf), or keep their state.
+        cu_seqlens_q: [sequences + 1] int32, from 0 to total_q.
+        max_seqlen_q: an upper bound of queries per sequence; 1 to 16 is what this is made for.
+        page_size: any, 1 and up.
+        limits: [total_q] int32, or None.
+        num_splits: how many programs share the keys of a sequence; see choose_splits().
+        seeded: (out, lse) hold the state so far, as in step_torch.step(); -inf: nothing.
+        allow_tf32: whether float32 products may be rounded to tf32.
+
+    Raises:
+        ValueError: shapes, dtypes, strides, devices or numbers do not fit.
+    """
+    _check(q, k, v, out, lse, block_table, seqlens, cu_seqlens_q, limits, seeded)
+    for name, number in (
+        ("max_seqlen_q", max_seqlen_q), ("page_size", page_size), ("num_splits", num_splits)
+    ):  # fmt: skip
+        check(number >= 1, name, "1 or more", number)
+    check(num_splits <= 65535, "num_splits", "at most 65535", num_splits)
+    check(softcap >= 0, "softcap", "0, which is none, or more", softcap)
+    if not lse.numel():
+        return
+    (total_q, nheads, headdim), (_, nheads_k, headdim_v) = q.shape, v.shape
+    parts, lses = out[None], lse[None]
+    if num_splits > 1:
+        parts = q.new_empty(num_splits, total_q, nheads, headdim_v, dtype=torch.float32)
+        lses = q.new_empty(num_splits, nheads, total_q, dtype=torch.float32)
+    group = nheads // nheads_k
+    blocks, config = _blocks(
+        arch_of(q.device), headdim, headdim_v, dtype_name(q), group * max_seqlen_q
+    )
+    tiles = triton.cdiv(group * max_seqlen_q, blocks["BLOCK_M"])
+    grid = len(seqlens) * tiles * nheads_k, num_splits
+    with torch.cuda.device_of(q):
+        _decode[grid](
+            q, k, v, parts, lses, block_table, seqlens, cu_seqlens_q, limits,
+            *_scales(softmax_scale, softcap), tiles, nheads_k,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], block_table.stride(0),
+            *parts.stride()[:3], *lses.stride(),
+            HEADDIM=headdim, HEADDIM_V=headdim_v, **blocks, GROUP=group, PAGE_SIZE=page_size,
+            SEED="state" if seeded and num_splits == 1 else "none", SOFTCAP=softcap > 0,
+            PRECISION="tf32" if allow_tf32 else "ieee",
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    if num_splits > 1:
+        merge.merge_into(parts, lses, out, lse, seeded=seeded)
+
+
+def choose_splits(sequences: int, nheads_k: int, max_seqlen: int, num_sms: int) -> int:
+    """Return a num_splits that keeps num_sms multiprocessors busy. Pure; another changes bits."""
+    enough = -(-PROGRAMS_PER_SM * num_sms // max(sequences * nheads_k, 1))
+    return max(1, min(enough, max_seqlen // KEYS_PER_SPLIT))
+
+
+def _check(q, k, v, out, lse, block_table, seqlens, cu_seqlens_q, limits, seeded):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check(x.dim() == 3, name, "3 dimensions, tokens, heads and headdim", tuple(x.shape))
+        check(1 <= x.shape[-1] <= 256, name, "a headdim of 1 to 256", x.shape[-1])
+    check(block_table.dim() == 2, "block_table", "[sequences, pages]", tuple(block_table.shape))
+    (total_q, nheads, headdim), (slots, nheads_k, headdim_v) = q.shape, v.shape
+    fits = nheads_k > 0 and nheads % nheads_k == 0
+    check(fits, "nheads", f"a multiple of {nheads_k}", nheads)
+    for name, x, want in (
+        ("k", k, (slots, nheads_k, headdim)),
+        ("out", out, (total_q, nheads, headdim_v)),
+        ("lse", lse, (nheads, total_q)),
+        ("seqlens", seqlens, (len(block_table),)),
+        ("cu_seqlens_q", cu_seqlens_q, (len(block_table) + 1,)),
+    ):
+        check(x.shape == want, name, want, tuple(x.shape))
+    tables = dict(block_table=block_table, seqlens=seqlens, cu_seqlens_q=cu_seqlens_q)
+    if limits is not None:
+        check(limits.shape == (total_q,), "limits", (total_q,), tuple(limits.shape))
+        tables["limits"] = limits
+    check_tensors(q=q, k=k, v=v, out=out, lse=lse, **tables)
+    check_tensors(DTYPES, q=q)
+    check_tensors((q.dtype,), k=k, v=v)
+    check_tensors((torch.float32,) if seeded else DTYPES, out=out)
+    check_tensors((torch.float32,), lse=lse)
+    check_tensors((torch.int32,), **tables)
+    for name, x in dict(q=q, k=k, v=v, out=out, **tables).items():
+        fits = x.stride(-1) == 1 or x.shape[-1] <= 1
+        check(fits, name, "a last stride of 1", x.stride(-1))
+
+
+def _scales(softmax_scale, softcap):
+    """Return (scale2, cap2) as _fold() takes them."""
+    if softcap:
+        return 2 * softmax_scale / softcap * LOG2E, softcap * LOG2E
+    return softmax_scale * LOG2E, 0.0
+
+
+def _blocks(arch, headdim, headdim_v, dtype, rows):
+    """Return the sizes of a program's blocks, for so many rows per sequence, and the config."""
+    config = configs.pick("decode", arch, headdim, headdim_v, dtype)
+    blocks = dict(
+        BLOCK_M=min(max(triton.next_power_of_2(rows), FEWEST_ROWS), config.block_m),
+        BLOCK_N=config.block_n,
+        BLOCK_D=max(triton.next_power_of_2(headdim), 16),
+        BLOCK_DV=max(triton.next_power_of_2(headdim_v), 16),
+    )
+    return blocks, config
+
+
+def variants(arch: int) -> list[Variant]:
+    """Return what offline compilation compiles: every row of the table, and each option once."""
+    cases = [
+        ("bfloat16-d128", "bfloat16", 128, 128, 8, {}),
+        ("bfloat16-d128-seeded-limits", "bfloat16", 128, 128, 8, dict(seeded=True, limits=True)),
+        ("bfloat16-d128-rows32", "bfloat16", 128, 128, 32, dict(limits=True)),
+        ("float16-d64-page3", "float16", 64, 64, 16, dict(page_size=3)),
+        ("float16-d80-softcap", "float16", 80, 80, 8, dict(softcap=True)),
+        ("bfloat16-d96-page1", "bfloat16", 96, 96, 8, dict(page_size=1)),
+        ("bfloat16-d192-v128", "bfloat16", 192, 128, 32, {}),
+        ("bfloat16-d256-seeded", "bfloat16", 256, 256, 32, dict(seeded=True)),
+        ("float32-d128", "float32", 128, 128, 8, {}),
+        ("float32-d256", "float32", 256, 256, 8, {}),
+    ]
+    return [_variant(arch, *case[:5], **case[5]) for case in cases]
+
+
+def _variant(
+    arch, name, dtype, headdim, headdim_v, rows, *, seeded=False, limits=False, softcap=False,
+    page_size=64,
+):  # fmt: skip
+    blocks, config = _blocks(arch, headdim, headdim_v, dtype, rows)
+    pointer = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[dtype]
+    constexprs = dict(
+        HEADDIM=headdim, HEADDIM_V=headdim_v, **blocks, GROUP=8, PAGE_SIZE=page_size,
+        SEED="state" if seeded else "none", SOFTCAP=softcap, PRECISION="ieee",
+    )  # fmt: skip
+    if not limits:
+        constexprs["limits"] = None
+    signature = dict.fromkeys(_decode.arg_names, "i32")
+    signature |= dict.fromkeys(("q", "k", "v"), pointer) | dict.fromkeys(("out", "lse"), "*fp32")
+    tables = ("block_table", "seqlens", "cu_seqlens_q", "limits")
+    signature |= dict.fromkeys(tables, "*i32") | dict(scale2="fp32", cap2="fp32")
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    pointers = [x for x in ("q", "k", "v", "out", "lse", *tables) if signature[x] != "constexpr"]
+    strides = ("q_row", "q_head", "k_slot", "k_head", "v_slot", "v_head", "out_row", "out_head")
+    return Variant(
+        name=name,
+        fn=_decode,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        divisible_by_16=(*pointers, *strides),
+        expects=frozenset({"mma", "pipelined"} if dtype != "float32" else ()),
+    )

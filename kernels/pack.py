@@ -1,0 +1,143 @@
+"""Rows of a paged cache to and from packed order: cache to wire buffer, new tokens to slots.
+
+A row is the K or V of one token, all heads. Rows are copied as integers of up to 32 bits, four at
+a time where addresses allow it, so any dtype moves bit by bit.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from ringkern.kernels import configs
+from ringkern.kernels.target import arch as arch_of
+from ringkern.kernels.target import check, check_tensors
+from ringkern.kernels.variant import Variant
+
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by bytes
+WIDEST = 512  # words of a row that one program copies
+
+
+@triton.jit
+def _copy_rows(
+    cache,  # [num_slots, words]
+    packed,  # [rows, words]
+    slots,  # [rows] int64
+    rows, num_slots, vectors, cache_row, packed_row,
+    VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
+    # Sizes and strides come in vectors of VECTOR words, so the compiler sees how they are aligned.
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+    word = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    slot = tl.load(slots + row, mask=row < rows, other=-1)  # [BLOCK_R]
+    box = ((slot >= 0) & (slot < num_slots))[:, None] & (word < vectors * VECTOR)[None, :]
+    cache += (slot * cache_row * VECTOR)[:, None] + word[None, :]  # [BLOCK_R, BLOCK_W]
+    packed += (row * packed_row * VECTOR)[:, None] + word[None, :]
+    if GATHER:
+        tl.store(packed, tl.load(cache, mask=box), mask=box)
+    else:
+        tl.store(cache, tl.load(packed, mask=box), mask=box)
+
+
+def gather(cache, slots, out) -> None:
+    """Copy rows of a cache into out: out[i] = cache[slots[i]], bit by bit.
+
+    Args:
+        cache: [num_slots, nheads_k, headdim], any dtype; a row's heads lie together.
+        slots: [rows] int64, page * page_size + offset, in the order that out is to have. A row
+            whose slot the cache does not have is left as it was, as with -1.
+        out: [rows, nheads_k, headdim], of cache's dtype; a row's heads lie together.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices do not fit.
+    """
+    _copy(cache, slots, out, "out", gather=True)
+
+
+def scatter(x, slots, cache) -> None:
+    """Copy rows into a cache: cache[slots[i]] = x[i], bit by bit.
+
+    Arguments and errors as for gather(), with any strides in x. Where a slot comes twice, one of
+    its rows is left, nobody knows which.
+    """
+    _copy(cache, slots, x if _rows_are_whole(x) else x.contiguous(), "x", gather=False)
+
+
+def _copy(cache, slots, packed, name, gather):
+    check(cache.dim() == 3, "cache", "[num_slots, nheads_k, headdim]", tuple(cache.shape))
+    check(slots.dim() == 1, "slots", "[rows]", tuple(slots.shape))
+    want = (len(slots), *cache.shape[1:])
+    check(packed.shape == want, name, want, tuple(packed.shape))
+    check_tensors(cache=cache, slots=slots, **{name: packed})
+    check_tensors((torch.int64,), slots=slots)
+    check_tensors((cache.dtype,), **{name: packed})
+    check(slots.is_contiguous(), "slots", "contiguous", f"stride {slots.stride(0)}")
+    for what, x in (("cache", cache), (name, packed)):
+        check(_rows_are_whole(x), what, "contiguous rows", f"strides {x.stride()}")
+    if not (packed.numel() and cache.numel()):
+        return
+    unit = _unit(cache, packed)
+    word = min(unit, 4)
+    cache, packed = (x.view(len(x), -1).view(WORDS[word]) for x in (cache, packed))
+    vector = unit // word
+    rows, words = packed.shape
+    blocks, num_warps = _blocks(words, arch_of(packed.device))
+    grid = triton.cdiv(rows, blocks["BLOCK_R"]), triton.cdiv(words, blocks["BLOCK_W"])
+    with torch.cuda.device_of(packed):
+        _copy_rows[grid](
+            cache, packed, slots, rows, len(cache), words // vector,
+            cache.stride(0) // vector, packed.stride(0) // vector,
+            VECTOR=vector, **blocks, GATHER=gather, num_warps=num_warps,
+        )  # fmt: skip
+
+
+def _rows_are_whole(x):
+    """Return whether a row, all dimensions but the first, lies together."""
+    return x[:1].is_contiguous()
+
+
+def _unit(*tensors):
+    """Return the bytes, 16 at most, that divide every row's address and size."""
+    unit = 16
+    for x in tensors:
+        numbers = x.storage_offset(), x.stride(0), math.prod(x.shape[1:])
+        unit = math.gcd(unit, x.data_ptr(), *(n * x.element_size() for n in numbers))
+    return unit
+
+
+def _blocks(words, arch):
+    """Return the sizes of a program's blocks for rows of so many words, and its warps.
+
+    The table's block_m is rows of WIDEST words; of narrower ones it takes more.
+    """
+    config = configs.pick("pack", arch, 1, 1, "float32")  # a word's bits
+    block_w = min(triton.next_power_of_2(words), WIDEST)
+    return dict(BLOCK_R=config.block_m * WIDEST // block_w, BLOCK_W=block_w), config.num_warps
+
+
+def variants(arch: int) -> list[Variant]:
+    """Return what offline compilation compiles: both ways, 16 bytes at once and 2."""
+    return [
+        _variant(arch, "gather-2048-bytes", torch.int32, 512, 4, gather=True),
+        _variant(arch, "scatter-2048-bytes", torch.int32, 512, 4, gather=False),
+        _variant(arch, "gather-160-bytes", torch.int32, 40, 4, gather=True),
+        _variant(arch, "scatter-2-bytes", torch.int16, 1, 1, gather=False),
+    ]
+
+
+def _variant(arch, name, dtype, words, vector, *, gather):
+    blocks, num_warps = _blocks(words, arch)
+    constexprs = dict(VECTOR=vector, **blocks, GATHER=gather)
+    pointer = {torch.int32: "*i32", torch.int16: "*i16"}[dtype]
+    signature = dict.fromkeys(_copy_rows.arg_names, "i32")
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    signature |= dict(cache=pointer, packed=pointer, slots="*i64")
+    return Variant(
+        name=name,
+        fn=_copy_rows,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=num_warps,
+        num_stages=1,
+        divisible_by_16=("cache", "packed", "slots"),
+    )

@@ -1,0 +1,365 @@
+"""One ring step in Triton: tiles of queries against pieces of K and V, into a running state.
+
+State per query row and head: the normalised out and the lse over the keys seen so far, float32. A
+program owns a tile of rows for one head, or for a group of heads: it loads their state as its
+accumulator, goes through the tile's keys and writes the state back, so a step needs no merge.
+Scores are in base 2 inside; the scale carries log2(e).
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from ringkern.kernels import target
+from ringkern.kernels.cut import Table, choose_cut
+from ringkern.kernels.merge import merge_into
+from ringkern.kernels.target import check
+from ringkern.kernels.variant import Variant
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+# The interpreter multiplies bfloat16 as integers: there, products are of float32.
+INTERPRET = tl.constexpr(target.INTERPRET)
+TILE = tl.constexpr(5)  # columns of a row of tiles
+PIECE = tl.constexpr(6)  # and of pieces
+PHASES = ("first", "middle", "last", "only")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@triton.jit
+def _load(at, inside, MASKED: tl.constexpr):
+    x = tl.load(at, mask=inside, other=0.0) if MASKED else tl.load(at)
+    return x.to(tl.float32) if INTERPRET else x
+
+
+@triton.jit
+def _seed(
+    out_at, lse_at, sink_at, inside, dv, HEADDIM_V: tl.constexpr, SEED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Return (acc, top, mass): the weighted sum of values, the largest score, the sum of weights.
+
+    A state stands for one key of weight 1 whose score is its lse and whose value is its out, a sink
+    for one whose value is 0. Before any key: (0, -inf, 0), whatever the state's out holds.
+    """
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if SEED == "state":
+        top = tl.load(lse_at, mask=inside, other=float("-inf")) * LOG2E  # [BLOCK_M]
+        there = inside[:, None] & (dv < HEADDIM_V)[None, :]
+        acc = tl.load(out_at[:, None] + dv[None, :], mask=there, other=0.0)  # [BLOCK_M, BLOCK_DV]
+        acc = tl.where((top == float("-inf"))[:, None], 0.0, acc)
+    if SEED == "sinks":
+        top = tl.load(sink_at, mask=inside, other=float("-inf")).to(tl.float32) * LOG2E  # [BLOCK_M]
+    return acc, top, tl.where(top == float("-inf"), 0.0, 1.0)
+
+
+@triton.jit
+def _fold(
+    acc, top, mass, q, kt, v, visible, scale2, cap2,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add one block of keys.
+
+    q [BLOCK_M, BLOCK_D], kt [BLOCK_D, BLOCK_N], v [BLOCK_N, BLOCK_DV], visible [BLOCK_M, BLOCK_N].
+    """
+    s = tl.dot(q, kt, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N] float32
+    if SOFTCAP:  # cap2 * tanh(x), where 2 ** (s * scale2) = exp(2 * x)
+        s = cap2 - 2.0 * cap2 / (1.0 + tl.exp2(s * scale2))
+    elif MASKED:
+        s *= scale2
+    if MASKED:
+        s = tl.where(visible, s, float("-inf"))
+    if MASKED or SOFTCAP:
+        higher = tl.maximum(top, tl.max(s, 1))
+        # A row that has seen nothing yet: -inf - 0, where -inf + inf would be NaN.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2(s - base[:, None])
+    else:  # the same, with scale and shift in one multiply-add per score
+        higher = tl.maximum(top, tl.max(s, 1) * scale2)
+        base = higher
+        p = tl.exp2(s * scale2 - base[:, None])
+    kept = tl.exp2(top - base)
+    acc = tl.dot(p.to(v.dtype), v, acc * kept[:, None], input_precision=PRECISION)
+    return acc, higher, mass * kept + tl.sum(p, 1)
+
+
+@triton.jit
+def _finish(
+    acc, top, mass, result_at, result_lse_at, lse_at, inside, dv, HEADDIM_V: tl.constexpr,
+    SEED: tl.constexpr,
+):  # fmt: skip
+    """Write the normalised out and its lse: (0, -inf) for a row that saw no key."""
+    mass = tl.where(mass == 0.0, 1.0, mass)
+    lse = (top + tl.log2(mass)) * LN2
+    if SEED == "state":  # to base 2 and back may change the last bit: not of rows that saw nothing
+        before = tl.load(lse_at, mask=inside, other=float("-inf"))
+        lse = tl.where((top == before * LOG2E) & (mass == 1.0), before, lse)
+    out = acc * tl.where(mass == 1.0, 1.0, 1.0 / mass)[:, None]
+    there = inside[:, None] & (dv < HEADDIM_V)[None, :]
+    tl.store(result_at[:, None] + dv[None, :], out.to(result_at.dtype.element_ty), mask=there)
+    tl.store(result_lse_at, lse, mask=inside)
+
+
+@triton.jit
+def _step(
+    q,  # [batch, seqlen_q, nheads, headdim]
+    k,  # [batch, seqlen_k, nheads_k, headdim]
+    v,  # [batch, seqlen_k, nheads_k, headdim_v]
+    out,  # [batch, seqlen_q, nheads, headdim_v], lse likewise: the state that is read
+    lse,  # [batch, nheads, seqlen_q]
+    result,  # [splits, batch, rows, nheads, headdim_v], from query row `row0` on
+    result_lse,  # [splits, batch, nheads, rows]
+    sinks,  # [nheads]
+    tiles, pieces, splits, row0, scale2, cap2,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    out_batch, out_row, out_head, lse_batch, lse_head, lse_row,
+    result_part, result_batch, result_row, result_head,
+    result_lse_part, result_lse_batch, result_lse_head, result_lse_row,
+    HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
+    SEED: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, NEGATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Grid: tiles and their parts, heads (of K and V if packed), batch.
+    index, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    q0, q1 = tl.load(tiles + index * TILE), tl.load(tiles + index * TILE + 1)
+    begin, middle = tl.load(tiles + index * TILE + 2), tl.load(tiles + index * TILE + 3)
+    end = tl.load(tiles + index * TILE + 4)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    head = tl.program_id(1).to(tl.int64) + m * 0  # [BLOCK_M], as token
+    token = m
+    head_k = tl.program_id(1).to(tl.int64)
+    if PACKED:
+        token, head = m // GROUP, head * GROUP + m % GROUP
+    else:
+        head_k = head_k // GROUP
+    inside = token < q1 - q0
+    row = q0.to(tl.int64) + token
+
+    part = (index % splits).to(tl.int64) if SPLIT else 0
+    seeded = inside & (part == 0)
+    out_at = out + batch * out_batch + row * out_row + head * out_head
+    lse_at = lse + batch * lse_batch + row * lse_row + head * lse_head
+    acc, top, mass = _seed(
+        out_at, lse_at, sinks + head, seeded, dv, HEADDIM_V, SEED, BLOCK_M, BLOCK_DV
+    )
+    q_at = q + batch * q_batch + row * q_row + head * q_head
+    q_tile = _load(q_at[:, None] + d[None, :], inside[:, None] & (d < HEADDIM)[None, :], True)
+    if NEGATE:  # scale2 is positive, so that the largest product is the largest score
+        q_tile = -q_tile
+
+    k_row, v_row = tl.cast(k_row, tl.int64), tl.cast(v_row, tl.int64)
+    kt_at = k + batch * k_batch + head_k * k_head + d[:, None] + n[None, :] * k_row
+    v_at = v + batch * v_batch + head_k * v_head + n[:, None] * v_row + dv[None, :]
+    # Whole blocks of keys that all rows see.
+    for piece in range(begin, middle):
+        k0, k1 = tl.load(pieces + piece * PIECE), tl.load(pieces + piece * PIECE + 1)
+        for j in tl.range(k0, k1, BLOCK_N):
+            kt = _load(kt_at + j * k_row, (d < HEADDIM)[:, None], HEADDIM < BLOCK_D)
+            v_tile = _load(v_at + j * v_row, (dv < HEADDIM_V)[None, :], HEADDIM_V < BLOCK_DV)
+            acc, top, mass = _fold(
+                acc, top, mass, q_tile, kt, v_tile, None, scale2, cap2, False, SOFTCAP, PRECISION
+            )
+    # Keys under a mask: token t sees key k0 + i iff lo <= i * k_stride - t * q_stride <= hi.
+    for piece in range(middle, end):
+        k0, k1 = tl.load(pieces + piece * PIECE), tl.load(pieces + piece * PIECE + 1)
+        lo, hi = tl.load(pieces + piece * PIECE + 2), tl.load(pieces + piece * PIECE + 3)
+        behind = token * tl.load(pieces + piece * PIECE + 4)  # [BLOCK_M]
+        k_stride = tl.load(pieces + piece * PIECE + 5)
+        for j in tl.range(k0, k1, BLOCK_N):
+            there = j + n < k1  # [BLOCK_N]
+            kt = _load(kt_at + j * k_row, there[None, :] & (d < HEADDIM)[:, None], True)
+            v_tile = _load(v_at + j * v_row, there[:, None] & (dv < HEADDIM_V)[None, :], True)
+            ahead = ((j - k0 + n) * k_stride)[None, :] - behind[:, None]  # [BLOCK_M, BLOCK_N]
+            visible = (ahead >= lo) & (ahead <= hi) & there[None, :]
+            acc, top, mass = _fold(
+                acc, top, mass, q_tile, kt, v_tile, visible, scale2, cap2, True, SOFTCAP, PRECISION
+            )
+
+    row -= row0
+    result_at = result + part * result_part + batch * result_batch
+    result_at += row * result_row + head * result_head  # [BLOCK_M]
+    result_lse_at = result_lse + part * result_lse_part + batch * result_lse_batch
+    result_lse_at += row * result_lse_row + head * result_lse_head  # [BLOCK_M]
+    _finish(acc, top, mass, result_at, result_lse_at, lse_at, inside, dv, HEADDIM_V, SEED)
+
+
+def step(
+    q, k, v, out, lse, table: Table, *, softmax_scale: float, softcap: float = 0.0,
+    phase: str = "middle", result=None, sinks=None, allow_tf32: bool = False,
+) -> None:  # fmt: skip
+    """Add the keys of a table to the running (out, lse), in place.
+
+    Args:
+        q: [batch, seqlen_q, nheads, headdim], float16, bfloat16 or float32. The last dimension of
+            every tensor but lse must be contiguous; other strides are free.
+        k, v: [batch, seqlen_k, nheads_k, headdim] and [..., headdim_v], of q's dtype.
+        out: [batch, seqlen_q, nheads, headdim_v] float32, normalised; None in phase "only".
+        lse: [batch, nheads, seqlen_q] float32, natural log, +inf excepted; -inf where nothing was
+            seen, and out is not looked at there.
+        table: rows that are in no tile are neither read nor written.
+        softmax_scale: any finite number.
+        softcap: scores become softcap * tanh(score / softcap); 0: they stay.
+        phase: "middle" reads the state and writes it. "first" has none to read. "last" writes out
+            to `result` instead, "only" does both.
+        result: [batch, seqlen_q, nheads, headdim_v] in q's dtype, for "last" and "only".
+        sinks: [nheads], the score of one more key whose value is 0, for "first" and "only".
+        allow_tf32: lets float32 products be of 10 bits, several times faster.
+
+    Raises:
+        ValueError: an argument does not fit; nothing was computed.
+    """
+    written = out if phase in ("first", "middle") else result
+    _check(q, k, v, out, lse, table, softcap, phase, written, sinks)
+    if not (len(table.tiles) and q.shape[0] and q.shape[2]):
+        return
+    seed = "state" if phase in ("middle", "last") else "none" if sinks is None else "sinks"
+    out, sinks = written if out is None else out, lse if sinks is None else sinks
+    inputs = (q, k, v, out, lse, sinks, table, softmax_scale, softcap, allow_tf32)
+    with torch.cuda.device_of(q):
+        if table.splits == 1:
+            _launch(*inputs, written[None], lse[None], 0, seed)
+            return
+        # The state joins with the parts, or as part 0 where what is written is not the state.
+        first, last = table.rows
+        shape = (table.splits, q.shape[0], last - first, *written.shape[2:])
+        parts = out.new_empty(shape, dtype=torch.float32)
+        lses = lse.new_full((*shape[:2], shape[3], shape[2]), float("-inf"))
+        middle = phase == "middle"
+        _launch(*inputs, parts, lses, first, "none" if middle else seed)
+        merge_into(parts, lses, written[:, first:last], lse[:, :, first:last], seeded=middle)
+
+
+def _launch(
+    q, k, v, out, lse, sinks, table, softmax_scale, softcap, allow_tf32, result, result_lse, row0,
+    seed,
+):  # fmt: skip
+    cut, scale2, cap2 = table.cut, abs(softmax_scale) * LOG2E.value, softcap * LOG2E.value
+    if softcap:
+        scale2 *= 2 / softcap
+    grid = len(table.tiles), q.shape[2] // cut.group, q.shape[0]
+    _step[grid](
+        q, k, v, out, lse, result, result_lse, sinks, table.tiles, table.pieces, table.splits, row0,
+        scale2, cap2, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        *lse.stride(), *result.stride()[:4], *result_lse.stride(),
+        **_constexprs(
+            cut, q.shape[2] // k.shape[2], q.shape[3], v.shape[3], seed, table.splits > 1,
+            softcap != 0, softmax_scale < 0, "tf32" if allow_tf32 else "ieee",
+        ),
+        num_warps=cut.num_warps, num_stages=cut.num_stages,
+    )  # fmt: skip
+
+
+def _constexprs(cut, group, headdim, headdim_v, seed, split, softcap, negate, precision):
+    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (headdim, headdim_v))
+    return dict(
+        HEADDIM=headdim, HEADDIM_V=headdim_v, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, GROUP=group, PACKED=cut.group > 1, SEED=seed,
+        SPLIT=split, SOFTCAP=softcap, NEGATE=negate, PRECISION=precision,
+    )  # fmt: skip
+
+
+def _check(q, k, v, out, lse, table, softcap, phase, written, sinks):
+    check(phase in PHASES, "phase", f"one of {', '.join(PHASES)}", repr(phase))
+    tensors = dict(q=q, k=k, v=v, lse=lse, table=table.tiles)
+    check(written is not None, "result" if phase in ("last", "only") else "out", "a tensor", None)
+    tensors["result" if written is not out else "out"] = written
+    if phase == "last":
+        check(out is not None, "out", "a state", None)
+    if out is not None:
+        tensors["out"] = out
+    target.check_tensors(**tensors)
+    target.check_tensors(DTYPES, q=q)
+    target.check_tensors((q.dtype,), k=k, v=v)
+    target.check_tensors((torch.float32,), lse=lse)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check(x.dim() == 4, name, "[batch, seqlen, heads, headdim]", tuple(x.shape))
+    batch, seqlen_q, nheads, headdim = q.shape
+    seqlen_k, nheads_k, headdim_v = k.shape[1], k.shape[2], v.shape[3]
+    widest = max(headdim, headdim_v)
+    check(0 < min(headdim, headdim_v) <= widest <= 256, "headdim", "1 to 256", (headdim, headdim_v))
+    check(
+        batch < 1 << 16 and nheads < 1 << 16, "q", "batch and nheads below 65536", (batch, nheads)
+    )
+    check(nheads_k > 0 and nheads % nheads_k == 0, "nheads", f"a multiple of {nheads_k}", nheads)
+    shapes = dict(
+        k=(batch, seqlen_k, nheads_k, headdim),
+        v=(batch, seqlen_k, nheads_k, headdim_v),
+        out=(batch, seqlen_q, nheads, headdim_v),
+        lse=(batch, nheads, seqlen_q),
+    )
+    shapes["result"] = shapes["out"]
+    for name, x in tensors.items():
+        want = shapes.get(name, tuple(x.shape))
+        check(tuple(x.shape) == want, name, want, tuple(x.shape))
+        unit = name in ("lse", "table") or x.stride(-1) == 1 or x.shape[-1] == 1
+        check(unit, name, "a last stride of 1", x.stride(-1))
+    if out is not None:
+        target.check_tensors((torch.float32,), out=out)
+    if written is not out:
+        target.check_tensors((q.dtype,), result=written)
+    if sinks is not None:
+        check(phase in ("first", "only"), "sinks", "phase first or only", phase)
+        check(tuple(sinks.shape) == (nheads,), "sinks", (nheads,), tuple(sinks.shape))
+    group = nheads // nheads_k
+    check(table.cut.group in (1, group), "table", f"1 or {group} heads packed", table.cut.group)
+    check(table.rows[1] <= seqlen_q, "table", f"query rows up to {seqlen_q}", table.rows[1])
+    check(softcap >= 0, "softcap", "0 or more", softcap)
+
+
+def variants(arch: int) -> list[Variant]:
+    """Return what offline compilation compiles. Every kernel has a full and a masked loop."""
+    bf16, long = "bfloat16", 4096
+    found = [
+        _variant(arch, f"{dtype}-d{d}-{seed}", dtype, d, d, long, seed)
+        for dtype, d, seed in (
+            (bf16, 64, "state"), (bf16, 96, "state"), (bf16, 128, "none"), (bf16, 128, "state"),
+            (bf16, 192, "state"), (bf16, 256, "none"), (bf16, 256, "state"),
+            ("float16", 128, "state"), ("float32", 64, "state"), ("float32", 128, "state"),
+            ("float32", 256, "state"),
+        )
+    ]  # fmt: skip
+    found += [
+        _variant(arch, "bfloat16-d192-dv128-state", bf16, 192, 128, long, "state"),
+        _variant(arch, "bfloat16-d128-state-softcap", bf16, 128, 128, long, "state", softcap=True),
+        _variant(arch, "bfloat16-d128-sinks", bf16, 128, 128, long, "sinks"),
+        _variant(arch, "bfloat16-d128-packed-split", bf16, 128, 128, 2, "none", split=True),
+        _variant(arch, "bfloat16-d256-packed-state", bf16, 256, 256, 2, "state"),
+        _variant(arch, "float32-d128-tf32", "float32", 128, 128, long, "state", precision="tf32"),
+    ]
+    return found
+
+
+def _variant(
+    arch, name, dtype, headdim, headdim_v, tokens, seed, *, split=False, softcap=False,
+    precision="ieee",
+):  # fmt: skip
+    cut = choose_cut(64, 8, headdim, headdim_v, dtype, arch, tokens)
+    constexprs = _constexprs(
+        cut, 8, headdim, headdim_v, seed, split, softcap, False, precision
+    ) | dict(lse_row=1, result_lse_row=1)
+    pointer = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[dtype]
+    signature = dict.fromkeys(_step.arg_names, "i32") | dict.fromkeys(constexprs, "constexpr")
+    signature |= dict.fromkeys(("q", "k", "v"), pointer) | dict(scale2="fp32", cap2="fp32")
+    signature |= dict.fromkeys(("out", "lse", "result", "result_lse", "sinks"), "*fp32")
+    signature |= dict(tiles="*i32", pieces="*i32")
+    plain = ("splits", "row0", "scale2", "cap2", "lse_batch", "lse_head", "result_lse_part")
+    plain += ("result_lse_batch", "result_lse_head")
+    expects = {"pipelined"}
+    if cut.block_m >= 64 and dtype != "float32" and arch == 90:
+        expects.add("wgmma")
+    if dtype != "float32" or precision == "tf32":
+        expects.add("mma")
+    return Variant(
+        name=name,
+        fn=_step,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=cut.num_warps,
+        num_stages=cut.num_stages,
+        divisible_by_16=tuple(x for x in signature if x not in constexprs and x not in plain),
+        expects=frozenset(expects),
+    )

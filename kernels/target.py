@@ -1,0 +1,44 @@
+"""Where kernels run, Triton's interpreter or a GPU of some architecture, and refusing what cannot."""
+
+import functools
+
+import torch
+import triton
+
+# Kernels are what they are from the moment they are decorated, so once, at import.
+INTERPRET = triton.knobs.runtime.interpret
+
+
+@functools.cache
+def arch(device: torch.device) -> int:
+    """Return the device's compute capability times ten, as configs.pick() takes it.
+
+    The interpreter has none; it gets the blocks of the oldest.
+    """
+    if INTERPRET:
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def check(ok: bool, name: str, want, got) -> None:
+    """Raise ValueError naming an argument, what was wanted and what was got, unless ok."""
+    if not ok:
+        raise ValueError(f"{name}: want {want}, got {got}")
+
+
+def check_tensors(dtypes=None, **tensors: torch.Tensor) -> None:
+    """Refuse tensors of several devices, of one that kernels cannot run on, or of other dtypes."""
+    (first, one), *others = tensors.items()
+    fits = one.device.type == "cuda" or INTERPRET
+    check(fits, first, "a tensor on a CUDA device", f"one on {one.device}")
+    for name, x in others:
+        check(x.device == one.device, name, f"a tensor on {one.device}, as {first}", x.device)
+    for name, x in tensors.items():
+        fits = dtypes is None or x.dtype in dtypes
+        check(fits, name, " or ".join(map(str, dtypes or ())), x.dtype)
+
+
+def dtype_name(x: torch.Tensor) -> str:
+    """Return a tensor's dtype as configs.pick() takes it."""
+    return str(x.dtype).removeprefix("torch.")

@@ -1,0 +1,77 @@
+"""The table of configurations: every question has an answer, every row is one."""
+
+import itertools
+
+import pytest
+from ringkern.kernels import configs
+
+KERNELS = sorted({(row.kernel, row.bits) for row in configs.ROWS})
+ARCHS = (80, 86, 87, 89, 90, 100, 103, 120)
+PHASES = ("first", "middle", "last", "only", "*")
+
+
+def questions():
+    """Yield (kernel, arch, (headdim, headdim_v), dtype, phase). pack copies words, of 32 bits."""
+    heads = [(32, 32), (64, 64), (80, 96), (128, 128), (128, 256), (192, 128), (256, 256)]
+    for (kernel, bits), *rest in itertools.product(KERNELS, ARCHS, heads, configs.DTYPES, PHASES):
+        if configs.DTYPES[rest[2]] == bits:
+            yield kernel, *rest
+
+
+def test_every_question_has_an_answer():
+    asked = {(kernel, dtype) for kernel, _, _, dtype, _ in questions()}
+    assert {("step", dtype) for dtype in configs.DTYPES} <= asked
+    for kernel, arch, (headdim, headdim_v), dtype, phase in questions():
+        config = configs.pick(kernel, arch, headdim, headdim_v, dtype, phase)
+        assert config.block_m >= 1 and config.num_stages >= 1
+        for power in (config.block_m, config.block_n, config.num_warps):
+            assert power & (power - 1) == 0, f"{kernel} sm_{arch} {headdim}: {config}"
+
+
+def test_every_row_is_reached():
+    reached = {
+        configs.find(kernel, arch, *heads, dtype, phase)
+        for kernel, arch, heads, dtype, phase in questions()
+    }
+    shadowed = [row for row in configs.ROWS if row not in reached]
+    assert not shadowed
+
+
+def test_families():
+    assert [configs.family(arch) for arch in ARCHS] == [
+        *("sm_80", "sm_86", "sm_80", "sm_86"),
+        *("sm_90", "sm_100", "sm_100", "sm_86"),
+    ]
+    assert {configs.family(arch) for arch in ARCHS} == configs.SHARED_BYTES.keys()
+
+
+def test_the_wider_head_decides():
+    def row(*heads):
+        return configs.find("step", 90, *heads, "bfloat16", "only")
+
+    assert row(64, 64) != row(64, 65) == row(65, 64) == row(128, 128)
+
+
+def test_bad_questions_are_refused():
+    def ask(kernel="step", arch=90, headdim=64, dtype="bfloat16"):
+        return configs.pick(kernel, arch, headdim, 64, dtype, "only")
+
+    assert ask()
+    with pytest.raises(ValueError, match="arch: want .* 80 .*got 75"):
+        ask(arch=75)
+    with pytest.raises(ValueError, match="headdim: want 1 to 256, got 257 and 64"):
+        ask(headdim=257)
+    with pytest.raises(ValueError, match="headdim: want 1 to 256, got 0 and 64"):
+        ask(headdim=0)
+    with pytest.raises(ValueError, match="dtype: want .*got 'float64'"):
+        ask(dtype="float64")
+    with pytest.raises(ValueError, match="kernel: want one of .*step.*got 'stp'"):
+        ask(kernel="stp")
+
+
+def test_explain_is_one_line_that_names_the_row():
+    line = configs.explain("step", 120, 80, 96, "float16", "middle")
+    row = configs.find("step", 120, 80, 96, "float16", "middle")
+    assert "\n" not in line
+    for word in (f"{row.config.block_m} x {row.config.block_n}", f"<= {row.headdim}", "sm_120"):
+        assert word in line, line

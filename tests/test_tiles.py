@@ -1,0 +1,142 @@
+"""The tile table says what its spans say: every visible pair once, each row in one tile."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ringkern import tiles
+from ringkern.errors import ArgumentError
+from ringkern.tile_table import MIN_BLOCKS, make_tiles
+
+
+def pairs_of_spans(spans, shape):
+    seen = np.zeros(shape, dtype=int)
+    for q0, q1, k0, k1, lo, hi, q_stride, k_stride in spans:
+        ahead = np.arange(k1 - k0) * k_stride - np.arange(q1 - q0)[:, None] * q_stride
+        seen[q0:q1, k0:k1] += (ahead >= lo) & (ahead <= hi)
+    return seen
+
+
+def pairs_of_tiles(table, shape, block_q, block_k):
+    seen, owners = np.zeros(shape, dtype=int), np.zeros(shape[0], dtype=int)
+    for index, (q0, q1, begin, middle, end) in enumerate(table.tiles):
+        assert 0 < q1 - q0 <= block_q
+        owners[q0:q1] += index % table.splits == 0
+        assert (table.tiles[index - index % table.splits, :2] == (q0, q1)).all()
+        for piece, (k0, k1, lo, hi, q_stride, k_stride) in enumerate(table.pieces[begin:end]):
+            ahead = np.arange(k1 - k0) * k_stride - np.arange(q1 - q0)[:, None] * q_stride
+            visible = (ahead >= lo) & (ahead <= hi)
+            if piece < middle - begin:
+                assert visible.all() and (k1 - k0) % block_k == 0
+            seen[q0:q1, k0:k1] += visible
+    return seen, owners
+
+
+@st.composite
+def runs(draw, longest):
+    """Runs of two sequences: rows follow one another, positions are strided and apart."""
+    table, offset = [], 0
+    for seq in range(2):
+        start = 0
+        for length in draw(st.lists(st.integers(1, longest), max_size=3)):
+            stride = draw(st.sampled_from([1, 1, 2, 3]))
+            start += draw(st.integers(0, 9))
+            table.append((seq, offset, start, length, stride))
+            offset, start = offset + length, start + length * stride
+    return np.array(table, dtype=np.int64).reshape(-1, 5)
+
+
+WINDOWS = st.tuples(st.integers(-1, 20), st.integers(-1, 20))
+
+
+@settings(max_examples=150)
+@given(
+    runs(40), runs(90), WINDOWS, st.booleans(), st.sampled_from([1, 3, 8]), st.sampled_from([1, 4]),
+    st.integers(1, 5), st.booleans(), st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_a_table_holds_every_pair_once(
+    q_runs, k_runs, window, causal, block_q, block_k, splits, whole, random
+):
+    spans = tiles.make_spans(q_runs, k_runs, *tiles.bounds(causal, window))
+    spans = spans[random.sample(range(len(spans)), len(spans))]
+    shape = q_runs[:, 3].sum(), k_runs[:, 3].sum()
+    table = make_tiles(spans, block_q, block_k, splits=splits, rows=int(shape[0]) * whole)
+    want = pairs_of_spans(spans, shape)
+    seen, owners = pairs_of_tiles(table, shape, block_q, block_k)
+    np.testing.assert_array_equal(seen, want)
+    assert owners.max(initial=0) <= 1
+    assert owners.all() if whole else (owners >= want.any(axis=1)).all()
+    if not whole:  # a tile that sees nothing is not in the table
+        for q0, q1 in table.tiles[:, :2]:
+            assert want[q0:q1].any() or not (spans[:, 6:] == 1).all()
+
+
+def span(q_length, k_length, lo=None, hi=None):
+    lo, hi = 1 - q_length if lo is None else lo, k_length - 1 if hi is None else hi
+    return np.array([[0, q_length, 0, k_length, lo, hi, 1, 1]], dtype=np.int64)
+
+
+def blocks(table, block_k):
+    lengths = -(-(table.pieces[:, 1] - table.pieces[:, 0]) // block_k)
+    return [int(lengths[begin:end].sum()) for _, _, begin, _, end in table.tiles]
+
+
+def test_a_causal_table_is_longest_first_and_masks_only_the_diagonal():
+    table = make_tiles(span(512, 512, hi=0), 64, 32)
+    assert blocks(table, 32) == [16, 14, 12, 10, 8, 6, 4, 2]
+    masked = [end - middle for _, _, _, middle, end in table.tiles]
+    assert masked == [1] * 8
+    assert [tuple(table.pieces[middle, :2]) for *_, middle, _ in table.tiles] == [
+        (q0, q0 + 64) for q0 in range(448, -1, -64)
+    ]
+
+
+def test_a_full_table_masks_only_what_is_left_of_a_block():
+    table = make_tiles(span(100, 70), 64, 32)
+    assert table.pieces[:, :2].tolist() == [[0, 64], [64, 70]] * 2
+
+
+@pytest.mark.parametrize("fill, keys, want", [
+    (0, 4096, 1), (2, 4096, 1), (6, 4096, 3), (7, 4096, 3), (999, 4096, 32), (6, 32 * MIN_BLOCKS, 1),
+    (999, 1 << 20, 64),
+])  # fmt: skip
+def test_few_tiles_are_split_to_fill_the_device(fill, keys, want):
+    table = make_tiles(span(2, keys), 1, 32, fill=fill)
+    assert table.splits == want and len(table.tiles) == 2 * want
+    assert max(blocks(table, 32)) == -(-keys // 32 // want)
+
+
+def test_scattered_tiles_are_not_split():
+    """The parts of a step lie in a workspace from its first row to its last."""
+    spans = np.concatenate([span(2, 4096), span(2, 4096) + [[1000, 1000, 0, 0, 0, 0, 0, 0]]])
+    assert make_tiles(spans, 16, 32, fill=64).splits == 1
+
+
+def test_nothing_to_do():
+    none = np.zeros((0, 8), dtype=np.int64)
+    table = make_tiles(none, 16, 32, fill=4)
+    assert table.tiles.shape == (0, 5) and table.pieces.shape == (0, 6) and table.splits == 1
+    assert make_tiles(none, 16, 32, rows=20).tiles[:, :2].tolist() == [[0, 16], [16, 20]]
+
+
+def test_positions_beyond_the_kernel_are_refused():
+    with pytest.raises(ArgumentError, match="positions below 2\\^31"):
+        make_tiles(np.array([[0, 1, 0, 1 << 20, 0, 1 << 40, 1, 1 << 13]]), 16, 32)
+
+
+def test_many_sequences_keep_to_their_own_rows():
+    """64 sequences that decode: one tile each, whatever the tile could hold."""
+    lengths = np.arange(1, 65) * 7
+    ends = lengths.cumsum()
+    one = [(seq, seq, lengths[seq], 1, 1) for seq in range(64)]
+    cached = [(seq, ends[seq] - lengths[seq], 0, lengths[seq], 1) for seq in range(64)]
+    spans = tiles.make_spans(np.array(one), np.array(cached), *tiles.bounds(True, (-1, -1)))
+    table = make_tiles(spans, 16, 32)
+    assert sorted(table.tiles[:, 0]) == list(range(64))
+    for q0, q1, begin, _, end in table.tiles:
+        pieces = table.pieces[begin:end]
+        assert q1 == q0 + 1
+        assert (pieces[0, 0], pieces[-1, 1]) == (ends[q0] - lengths[q0], ends[q0])
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
