@@ -12,7 +12,8 @@ TRITON := 3.7.1
 TRITON_OLDEST := 3.6.0
 DOCTEST := $(firstword $(wildcard /usr/include/doctest/doctest.h /usr/local/include/doctest/doctest.h))
 
-.PHONY: demo test test-cpp check format sanitize bench compile-check compile-report wheel clean
+.PHONY: demo test test-cpp test-gpu check format sanitize bench bench-gpu compile-check \
+    compile-report wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -54,6 +55,15 @@ bench: $(VENV)/demo
 	$(BIN)/python -m bench.run $(CASE)
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.plot
+	$(BIN)/python -m bench.picture
+
+# On a machine with an NVIDIA GPU, and only there; what came of it is recorded in bench/results/.
+test-gpu: $(VENV)/test
+	$(BIN)/python -m bench.gpu_tests
+
+# Every kernel against the card's own ceilings and what else is installed: 8 minutes at the most.
+bench-gpu: $(VENV)/test
+	$(BIN)/python -m bench.run 'gpu/*'
 
 # Compiles every kernel for GPUs that need not be there, and compares the machine code with
 # tests/compile_report.jsonl: under the triton of the tests and under the oldest.

@@ -8,7 +8,7 @@ from ringkern.errors import check
 from ringkern.schedule import METHODS
 
 from bench import host, memory, operation, planning, ring, stages, transport
-from bench.paper import PAPER_PASS_Q
+from bench.paper import PAPER_PASS_Q, UNPADDED
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,10 @@ def _grid(link_mbit: int):
         (new, cached) for cached in (0, 2048, 8192, 16384) for new in (1, 16, 64, 256, 1024, 4096)
     ]
     for new, cached in [*grid[1:], (512, 4096)]:
-        counts = dict(repetitions=9, calls=3, warmup=1)
+        counts = dict(repetitions=25 if new < 64 else 9, calls=3, warmup=1)
         if new >= 1024 or cached >= 8192:
-            most = 9 if new < 1024 else 5 if new < 4096 else 3
-            counts = dict(repetitions=most, calls=1, warmup=int(most > 3))
+            most = 45 if new < 64 else 9 if new < 1024 else 5
+            counts = dict(repetitions=most, calls=1, warmup=1)
         # Where equation (2) holds with 20 % to spare: K and V travel under attention.
         hidden = link_mbit == RDMA_LIKE and new >= 1024 and new + cached > 3000
         targets = {"pass_kv": {"exposed_comm": 0.05}} if hidden else {}
@@ -191,7 +191,7 @@ def _order(link_mbit: int, new: int, cached: int, batch: int = 1) -> Case:
 def _decode(batch: int) -> Case:
     """One token of each sequence: gather_q against the paper's ring decode."""
     targets = {"gather_q": {"ratio": 0.5}} if batch == 1 else {}
-    impls = dict(impls=("gather_q", PAPER_PASS_Q), peer=PAPER_PASS_Q, targets=targets)
+    impls = dict(impls=("gather_q", PAPER_PASS_Q, UNPADDED), peer=PAPER_PASS_Q, targets=targets)
     case = _stage(None, batch, 1, 32768, repetitions=15, calls=3, warmup=2, **impls)
     return replace(case, id=case.id.replace("stage/", "decode/"), session=None)
 

@@ -1,19 +1,22 @@
 """The paper's order of pass-Q, to hold ringkern's against: all partial outputs return at the end.
 
 paper.md, Algorithms 3 and 4: queries go round; after the loop one exchange (All2All) returns the
-partial outputs, which are merged then.
+partial outputs, which are merged then. For decode the paper pads the queries to a multiple of the
+ranks, so that messages are of equal size, and attends with all of them: its Table 8 counts as many
+attention calls per step for a batch of 1 as for one of 4.
 """
 
 from ringkern.schedule import OUTLINES
 
 PAPER_PASS_Q = "paper_pass_q"
+UNPADDED = "paper_pass_q_unpadded"  # kinder than the paper: a decode step's batch as it is
 
 
 def paper_pass_q(view):
     """Return the steps in outline, as schedule.OUTLINES wants them.
 
     In the paper every rank's queries go all the way round, padded to equal numbers: here they do
-    so too, without the padding, so a message may be empty.
+    so too, as many as the plan has, so a message may be empty.
     """
     size, rank, others = view.size, view.rank, view.others()
     steps = []
@@ -29,4 +32,9 @@ def paper_pass_q(view):
     return steps
 
 
-OUTLINES[PAPER_PASS_Q] = paper_pass_q
+def padding(impl: str, batch: int, world_size: int) -> int:
+    """Return how many sequences the method adds to a decode step's batch."""
+    return -batch % world_size if impl == PAPER_PASS_Q else 0
+
+
+OUTLINES[PAPER_PASS_Q] = OUTLINES[UNPADDED] = paper_pass_q

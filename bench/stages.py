@@ -12,7 +12,7 @@ from ringkern.cost import RULES
 from ringkern.schedule import METHODS
 from ringkern.types import Problem
 
-from bench import paper  # noqa: F401, as it adds a method
+from bench import paper
 from bench.operation import Operation
 from bench.oracle import Sample
 
@@ -31,6 +31,7 @@ class State:
     whole: dict[str, torch.Tensor]  # q [new, ...]; k, v [cached + new, ...]: of every sequence
     plan: ringkern.Plan | None = None
     local: list[torch.Tensor] = field(default_factory=list)  # q, k, v of this rank
+    padding: list[str] = field(default_factory=list)  # sequences of the plan beside the batch
     out: torch.Tensor | None = None
     samples: dict = field(default_factory=dict)
     before: dict = field(default_factory=dict)  # ring.stats() when the last repetition began
@@ -51,6 +52,7 @@ def make_inputs(session, case) -> State:
     whole = {name: torch.randn(*size, shape["headdim"]).to(dtype) for name, size in sizes.items()}
     placement = ringkern.Placement(ring.world_size)
     tokens = -(-(cached + new) // ring.world_size) + 2
+    shared = 2 * ring.world_size  # padding sequences share the pages of the first but the last
     cache = ringkern.KVCache(
         ring,
         placement,
@@ -58,7 +60,7 @@ def make_inputs(session, case) -> State:
         nheads_k=shape["nheads_k"],
         headdim=shape["headdim"],
         dtype=dtype,
-        num_pages=batch * (-(-tokens // 64) + 1),
+        num_pages=batch * (-(-tokens // 64) + 1) + shared,
     )
     state = State(ring, placement, cache, shape, problem, whole)
     if cached:
@@ -96,8 +98,16 @@ def prepare(state: State, impl: str) -> None:
             state.placement.truncate(name, cached)
         elif not cached and state.plan is not None:
             state.placement.free(name)
+    for name in state.padding:
+        state.placement.free(name)
+    names, state.padding = _names(state), []
     decodes = new == 1 and cached
-    names = _names(state)
+    if decodes:
+        count = paper.padding(impl, len(names), state.ring.world_size)
+        state.padding = [f"padding {i}" for i in range(count)]
+        for name in state.padding:
+            state.placement.fork(names[0], name)
+        names += state.padding
     plan = (
         state.placement.decode(names)
         if decodes

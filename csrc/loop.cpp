@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -36,6 +37,26 @@ void signal(int event_fd) {
 void take_signal(int event_fd) {
   std::uint64_t count;
   [[maybe_unused]] const ssize_t n = ::read(event_fd, &count, sizeof(count));
+}
+
+// struct sched_attr of the kernel's first version, which older C libraries lack.
+struct SchedAttributes {
+  std::uint32_t size, policy;
+  std::uint64_t flags;
+  std::int32_t nice;
+  std::uint32_t priority;
+  std::uint64_t runtime_ns, deadline_ns, period_ns;
+};
+
+// Asks for short turns for this thread. It works little and often, and where every core computes, a
+// thread of short turns is let in first: bytes move although nobody waits for them. Linux 6.12 and
+// later heed it for ordinary threads; before, nothing changes.
+void ask_for_short_turns() {
+  SchedAttributes attributes{};
+  if (::syscall(SYS_sched_getattr, 0, &attributes, sizeof(attributes), 0) != 0) return;
+  if (attributes.policy != SCHED_OTHER) return;  // what somebody chose stays
+  attributes.runtime_ns = 100'000;               // the least that the kernel takes
+  ::syscall(SYS_sched_setattr, 0, &attributes, 0);
 }
 
 }  // namespace
@@ -96,6 +117,7 @@ int Loop::milliseconds_to_next_timer() {
 }
 
 void Loop::run() {
+  ask_for_short_turns();
   std::array<epoll_event, 2> events;
   while (!stopping_) {
     const int count =

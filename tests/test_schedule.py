@@ -141,3 +141,21 @@ def test_pairs_counts_a_band(q_length, k_length, a, b):
 def test_a_million_tokens_for_128_ranks_are_small_tables():
     steps = make_schedule(Plan(128, (1_000_000,)), 77, "pass_kv")
     assert len(steps) == 128 and max(len(step.work[0].spans) for step in steps) == 3
+
+
+@pytest.mark.parametrize("method", ["pass_q", "gather_q"])
+def test_the_last_return_travels_under_own_work(method):
+    plan = Plan(5, (5000, 3000))
+    for rank in range(5):
+        steps = make_schedule(plan, rank, method, causal=False)
+        own = [(step, work) for step in steps for work in step.work if work.q_rank == rank]
+        assert [step.index for step, _ in own] == [0, steps[-1].index]
+        assert {move.kind for move in steps[-1].recvs} == {"part"}
+        first, second = (tiles.pairs(work.spans) for _, work in own)
+        assert abs(first - second) <= 0.02 * (first + second)
+
+
+def test_work_that_no_answer_hides_under_is_whole():
+    plan = Plan(5, (3,))  # of whom three have a query, and see one another
+    alone = make_schedule(plan, 0, "pass_q", causal=True, window_size=(0, 0))
+    assert [len(step.work) for step in alone] == [1, 0, 0, 0, 0, 0]

@@ -1,6 +1,7 @@
 """The tile table says what its spans say: every visible pair once, each row in one tile."""
 
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -71,6 +72,32 @@ def test_a_table_holds_every_pair_once(
     if not whole:  # a tile that sees nothing is not in the table
         for q0, q1 in table.tiles[:, :2]:
             assert want[q0:q1].any() or not (spans[:, 6:] == 1).all()
+
+
+@settings(max_examples=150)
+@given(runs(40), runs(90), WINDOWS, st.booleans(), st.sampled_from([1, 60, 1 << 14]))
+def test_halves_hold_every_pair_once(q_runs, k_runs, window, causal, cut_pairs):
+    spans = tiles.make_spans(q_runs, k_runs, *tiles.bounds(causal, window))
+    shape = q_runs[:, 3].sum(), k_runs[:, 3].sum()
+    with mock.patch.object(tiles, "CUT_PAIRS", cut_pairs):
+        first, second = tiles.halve(spans)
+    seen = [pairs_of_spans(half, shape) for half in (first, second)]
+    np.testing.assert_array_equal(sum(seen), pairs_of_spans(spans, shape))
+    assert (tiles.counts(np.concatenate([first, second])) > 0).all()
+    # Clipped, so that what is full can be told from the numbers.
+    for q0, q1, k0, k1, lo, hi, q_stride, k_stride in np.concatenate([first, second]):
+        assert lo >= (q0 - q1 + 1) * q_stride and hi <= (k1 - k0 - 1) * k_stride
+    assert first.size >= min(1, spans.size), "alone, a span is the first half"
+
+
+def test_halves_are_even_where_spans_are_large():
+    one = span(64, 4096)
+    first, second = tiles.halve(one)
+    assert tiles.pairs(first) == tiles.pairs(second) == 64 * 2048
+    small = span(1, 100)
+    assert tiles.pairs(tiles.halve(small)[0]) == 100
+    many = np.concatenate([small] * 4)
+    assert [len(half) for half in tiles.halve(many)] == [2, 2]
 
 
 def span(q_length, k_length, lo=None, hi=None):

@@ -1,6 +1,8 @@
 """Measures a running ring: the profile that the choice of method is made from."""
 
+import itertools
 import json
+import math
 import time
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from ringkern.profile import load
 from ringkern.types import Hardware, Problem
 
 SHAPES = (1, 4096), (8, 4096), (64, 2048), (512, 1024)  # query rows, keys
+COLD_BYTES = 32 << 20  # of K and V per rank to go through: more than its share of any cache
 LINK_BYTES = 64 << 10, 4 << 20  # the least and the most to time a link with
 
 
@@ -77,15 +80,25 @@ def _mean_us(call, seconds: float, least: int = 3) -> float:
 
 
 def _attention(rows, keys, problem):
-    """Return a function that attends, of so many query rows to so many keys."""
+    """Return a function that attends, of so many query rows to so many keys.
+
+    To others each time: a layer's K and V are in no cache when their turn comes.
+    """
     dtype, nheads, nheads_k = getattr(torch, problem.dtype), problem.nheads, problem.nheads_k
-    q = torch.randn(1, rows, nheads, problem.headdim).to(dtype)
-    k = torch.randn(1, keys, nheads_k, problem.headdim).to(dtype)
-    v = torch.randn(1, keys, nheads_k, problem.headdim_v).to(dtype)
+    q = torch.ones(1, rows, nheads, problem.headdim, dtype=dtype)
+    k_shape, v_shape = ((1, keys, nheads_k, d) for d in (problem.headdim, problem.headdim_v))
+    sizes = [math.prod(shape) for shape in (k_shape, v_shape)]
+    layers = max(1, COLD_BYTES // (sum(sizes) * dtype.itemsize))
+    pool = itertools.cycle(torch.ones(layers, sum(sizes), dtype=dtype).split(1))
     run = torch.tensor([[0, 0, 0, rows, 1]]).numpy(), torch.tensor([[0, 0, 0, keys, 1]]).numpy()
     spans = local.prepare(tiles.make_spans(*run, tiles.UNBOUNDED, tiles.UNBOUNDED))
     state = local.make_state(q, problem.headdim_v)
-    return lambda: local.step(q, k, v, *state, spans, problem)
+
+    def attend():
+        k, v = next(pool)[0].split(sizes)
+        local.step(q, k.view(k_shape), v.view(v_shape), *state, spans, problem)
+
+    return attend
 
 
 def _merge_gb_s(problem, seconds):

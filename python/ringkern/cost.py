@@ -65,11 +65,11 @@ def steps_us(
     ranks = _sample(plan.world_size)
     outlines = {method: [outline(method, rank, sees) for rank in ranks] for method in methods}
     works = {
-        pair: 0.0
+        work: 0.0
         for each in outlines.values()
         for steps in each
         for step in steps
-        for pair in step.work
+        for work in step.work
     }
     if works:
         spans = make_spans(plan, works, sides, {})
@@ -102,7 +102,7 @@ def _sizes(plan, problem, partial_itemsize):
 
 def _step_us(step, works, sizes, hardware):
     """Return (attend, exchange) of one outlined step on one rank."""
-    attend = sum(works[pair] for pair in step.work)
+    attend = sum(works[work] for work in step.work)
     sent, received = (sum(sizes[k][r] for _, k, r in side) for side in (step.sends, step.recvs))
     exchange = 0.0
     if step.sends or step.recvs:

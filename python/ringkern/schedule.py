@@ -10,6 +10,7 @@ from ringkern.errors import check
 from ringkern.plan import Plan
 from ringkern.types import Move, Step, Work
 
+WHOLE, FIRST_HALF, SECOND_HALF = range(3)  # of the work on a pair of ranks
 METHODS = ("pass_kv", "pass_q", "gather_kv", "gather_q")
 
 
@@ -42,7 +43,7 @@ class Outline(NamedTuple):
 
     sends: tuple[tuple[int, str, int], ...]  # (peer, kind, rank), as in types.Move
     recvs: tuple[tuple[int, str, int], ...]
-    work: tuple[tuple[int, int], ...]  # (q_rank, kv_rank), as in types.Work
+    work: tuple[tuple[int, int, int], ...]  # (q_rank, kv_rank, WHOLE or which half of it)
     drops: tuple[tuple[str, int], ...]
 
 
@@ -67,28 +68,31 @@ def fill(plan: Plan, rank: int, steps, sides, own_kv=None) -> tuple[Step, ...]:
             for move in some
         )
 
-    pairs = [pair for step in steps for pair in step.work]
-    spans = iter(make_spans(plan, pairs, sides, {} if own_kv is None else {rank: own_kv}))
+    work = [work for step in steps for work in step.work]
+    spans = iter(make_spans(plan, work, sides, {} if own_kv is None else {rank: own_kv}))
+
+    def works(some):
+        each = [(*work, next(spans)) for work in some]
+        # Work that is too little for halves is all in one of them.
+        return tuple(Work(q, k, table) for q, k, half, table in each if len(table) or not half)
+
     return tuple(
-        Step(
-            index,
-            moves(step.sends),
-            moves(step.recvs),
-            tuple(Work(*pair, next(spans)) for pair in step.work),
-            step.drops,
-        )
+        Step(index, moves(step.sends), moves(step.recvs), works(step.work), step.drops)
         for index, step in enumerate(steps)
     )
 
 
-def make_spans(plan: Plan, pairs, sides, own: dict[int, np.ndarray]) -> list[np.ndarray]:
-    """Return the spans of each (q_rank, kv_rank). own: K and V that do not lie packed, by rank."""
+def make_spans(plan: Plan, work, sides, own: dict[int, np.ndarray]) -> list[np.ndarray]:
+    """Return the spans of each outlined work. own: K and V that do not lie packed, by rank."""
     packed = plan.kv_blocks if sides[0] >= tiles.UNBOUNDED else plan.kv_runs
+    pairs = list(dict.fromkeys((q_rank, kv_rank) for q_rank, kv_rank, _ in work))
     tables = [
         (plan.runs(q_rank), own[kv_rank] if kv_rank in own else packed(kv_rank))
         for q_rank, kv_rank in pairs
     ]
-    return tiles.make_spans_each(tables, *sides)
+    whole = dict(zip(pairs, tiles.make_spans_each(tables, *sides), strict=True))
+    halves = {(q, k): tiles.halve(whole[q, k]) for q, k, half in work if half == FIRST_HALF}
+    return [halves[q, k][half - 1] if half else whole[q, k] for q, k, half in work]
 
 
 def pairs(step: Step) -> int:
@@ -103,9 +107,19 @@ class _View:
         self.rank, self.size = rank, size
         self.sees = np.frombuffer(sees, dtype=bool).reshape(size, size)  # [q_rank, kv_rank]
 
-    def work(self, q_rank, kv_rank):
+    def work(self, q_rank, kv_rank, share=WHOLE):
         """Return a tuple of the work there is, if any."""
-        return ((q_rank, kv_rank),) if self.sees[q_rank, kv_rank] else ()
+        return ((q_rank, kv_rank, share),) if self.sees[q_rank, kv_rank] else ()
+
+    def own_work(self):
+        """Return this rank's own work, before others' queries come and while their answers do.
+
+        In halves, so that both transfers have work to hide under. All at first if no answer comes.
+        """
+        if any(self.sees[self.rank, peer] for peer in self.others()):
+            halves = FIRST_HALF, SECOND_HALF
+            return tuple(self.work(self.rank, self.rank, half) for half in halves)
+        return self.work(self.rank, self.rank), ()
 
     def kv(self, peer, rank):
         return peer, "kv", rank
@@ -138,10 +152,11 @@ def _pass_q(view):
     """Q goes round (paper.md, Algorithm 3): at step s the queries of rank - s are at hand.
 
     Their (out, lse) against this rank's keys goes straight to its owner in the next step, under
-    that step's work; only the last return has nothing to hide under.
+    that step's work; the last return under a half of the owner's work that was left for it.
     """
     size, rank = view.size, view.rank
     goes_on = _goes_on(view.sees)  # [q_rank, step]
+    first, second = view.own_work()
     steps = []
     for index in range(size + 1):
         here, coming = (rank - index) % size, (rank - index - 1) % size
@@ -155,7 +170,8 @@ def _pass_q(view):
             sends.append(view.part(done, done))
         if index > 1 and view.sees[rank, helper]:
             recvs.append(view.part(helper, rank))
-        steps.append((sends, recvs, view.work(here, rank) if index < size else ()))
+        work = first if index == 0 else second if index == size else view.work(here, rank)
+        steps.append((sends, recvs, work))
     return steps
 
 
@@ -173,10 +189,11 @@ def _gather_q(view):
     rank, others = view.rank, view.others()
     asked = [peer for peer in others if view.sees[peer, rank]]
     askers = [peer for peer in others if view.sees[rank, peer]]
+    first, second = view.own_work()
     return [
-        ([view.q(p, rank) for p in askers], [view.q(p, p) for p in asked], view.work(rank, rank)),
+        ([view.q(p, rank) for p in askers], [view.q(p, p) for p in asked], first),
         ([], [], [work for peer in asked for work in view.work(peer, rank)]),
-        ([view.part(p, p) for p in asked], [view.part(p, rank) for p in askers], ()),
+        ([view.part(p, p) for p in asked], [view.part(p, rank) for p in askers], second),
     ]
 
 
@@ -202,7 +219,8 @@ def _with_drops(steps, rank):
     last = {}
     for index, (sends, recvs, work) in enumerate(steps):
         used = [(kind, whose) for _, kind, whose in (*sends, *recvs)]
-        used += [("kv", kv_rank) for _, kv_rank in work] + [("q", q_rank) for q_rank, _ in work]
+        used += [("kv", kv_rank) for _, kv_rank, _ in work]
+        used += [("q", q_rank) for q_rank, _, _ in work]
         last |= dict.fromkeys(used, index)
     drops = [[] for _ in steps]
     for block, index in last.items():

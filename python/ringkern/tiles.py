@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 MANY = 1 << 14  # runs that are looked at together: more take memory and save no time
+CUT_PAIRS = 1 << 14  # a span of fewer is not cut in two: what a span costs at least is no gain
 UNBOUNDED = 1 << 62  # a window side without a bound; far from overflow when positions are added
 
 
@@ -165,6 +166,31 @@ def counts(spans: np.ndarray) -> np.ndarray:
         begin = np.maximum(-((-lo - at) // k_stride), 0)
         found[index] = np.maximum(last - begin + 1, 0).sum()
     return found
+
+
+def halve(spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the spans in two tables of about as many visible pairs each.
+
+    Between two spans, or through the keys of one that is large; a small one alone is all first.
+    """
+    count = counts(spans)
+    half = count.sum() / 2
+    at = int(np.searchsorted(count.cumsum(), half))
+    if not len(spans):
+        return spans, spans
+    missing = half - count[:at].sum()
+    q0, q1, k0, k1, lo, hi, q_stride, k_stride = spans[at].tolist()
+    keys = round(missing / count[at] * (k1 - k0))
+    if count[at] < CUT_PAIRS or keys in (0, k1 - k0):
+        at += bool(missing >= count[at] / 2)
+        return spans[:at], spans[at:]
+    cut = np.array([spans[at], spans[at]])
+    ahead = keys * k_stride  # of the second part's corner
+    cut[0, 3], cut[0, 5] = k0 + keys, min(hi, ahead - k_stride)
+    cut[1, 2] = k0 + keys
+    cut[1, 4:6] = max(lo - ahead, (q0 - q1 + 1) * q_stride), hi - ahead
+    cut = [part[counts(part) > 0] for part in (cut[:1], cut[1:])]
+    return np.concatenate([spans[:at], cut[0]]), np.concatenate([cut[1], spans[at + 1 :]])
 
 
 def _below(spans, column, more):
