@@ -1,4 +1,4 @@
-"""One ring step in plain torch, for the CPU: the contract of step.py without a GPU.
+"""One ring step in plain torch, made for the CPU: the contract of step.py without a GPU.
 
 State per query row: the normalised out and lse over the keys seen so far, both float32. A span
 adds its keys to it. Work is cut into blocks of bounded size, each of which goes to torch's fused
@@ -31,6 +31,7 @@ def step(q, k, v, out, lse, spans, *, softmax_scale, softcap=0.0):
     """
     # The fused op masks before it scales, so a scale of zero or less undoes its mask.
     fused = q.shape[-1] == v.shape[-1] and softcap == 0.0 and softmax_scale > 0
+    fused = fused and q.device.type == "cpu"
     for q0, q1, k0, k1, lo, hi, *strides in spans:
         pieces = _fused_pieces if fused and strides == [1, 1] else _plain_pieces
         for piece in pieces(q1 - q0, k1 - k0, lo, hi, *strides):
@@ -129,7 +130,8 @@ def _plain(q, k, v, band, softmax_scale, softcap):
     scores = scores.view(batch, nheads, rows, keys)
     lo, hi, q_stride, k_stride = band
     if lo > (1 - rows) * q_stride or hi < (keys - 1) * k_stride:
-        ahead = torch.arange(keys) * k_stride - torch.arange(rows)[:, None] * q_stride
+        at_q, at_k = (torch.arange(n, device=q.device) for n in (rows, keys))
+        ahead = at_k * k_stride - at_q[:, None] * q_stride
         scores.masked_fill_((ahead < lo) | (ahead > hi), float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
     shift = torch.where(lse == float("-inf"), 0.0, lse)  # a row without keys: exp(-inf - 0) = 0

@@ -145,14 +145,14 @@ def test_a_million_tokens_for_128_ranks_are_small_tables():
 
 @pytest.mark.parametrize("method", ["pass_q", "gather_q"])
 def test_the_last_return_travels_under_own_work(method):
-    plan = Plan(5, (5000, 3000))
+    plan = Plan(5, (50000, 30000))
     for rank in range(5):
         steps = make_schedule(plan, rank, method, causal=False)
         own = [(step, work) for step in steps for work in step.work if work.q_rank == rank]
         assert [step.index for step, _ in own] == [0, steps[-1].index]
         assert {move.kind for move in steps[-1].recvs} == {"part"}
         first, second = (tiles.pairs(work.spans) for _, work in own)
-        assert abs(first - second) <= 0.02 * (first + second)
+        assert abs(first - second) <= 0.05 * (first + second)
 
 
 def test_work_that_no_answer_hides_under_is_whole():

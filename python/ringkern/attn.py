@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ringkern import local, tiles
+from ringkern.backend import pick_backend
 from ringkern.errors import check
 from ringkern.packed import check_edges, whole_runs
 from ringkern.problem import check_dims, make_problem
@@ -44,7 +46,9 @@ def attn_func(
             no bound.
         softcap: 0.0 is off; else scores become softcap * tanh(scores / softcap).
         sinks: [nheads], one more score per head with a value of zero; None means none.
-        backend: "auto" or "torch".
+        backend: "triton" (CUDA devices of compute capability 8.0 and later), "torch", or "auto":
+            RINGKERN_BACKEND if that is set, else Triton on CUDA devices and torch on the CPU. In
+            float32, Triton's products are of tf32 only under torch.set_float32_matmul_precision().
 
     Returns:
         out: [batch, seqlen_q, nheads, headdim_v] in q's dtype, accumulated in float32; 0 where a
@@ -56,7 +60,10 @@ def attn_func(
         ArgumentError: shapes or dtypes do not fit together; nothing was computed.
         UnsupportedError: the backend or device is not to be had, or gradients are asked for.
     """
-    problem = _problem_on_device(
+    if torch.compiler.is_compiling():
+        asked = causal, softmax_scale, list(window_size), softcap, sinks, backend
+        return torch.ops.ringkern.attn(q, k, v, *asked)
+    problem, taken = _problem_on_device(
         q,
         k,
         v,
@@ -71,7 +78,7 @@ def attn_func(
     )
     check(q.shape[1] > 0, "q", "seqlen of at least 1", tuple(q.shape))
     edges_q, edges_k = (np.array([0, x.shape[1]]) for x in (q, k))
-    return _attend(q, k, v, edges_q, edges_k, problem, sinks)
+    return _attend(q, k, v, edges_q, edges_k, problem, sinks, taken)
 
 
 def attn_varlen_func(
@@ -101,7 +108,11 @@ def attn_varlen_func(
         out: [total_q, nheads, headdim_v] in q's dtype.
         lse: [nheads, total_q] float32, natural log.
     """
-    problem = _problem_on_device(
+    if torch.compiler.is_compiling():
+        edges = (torch.as_tensor(x, dtype=torch.int32) for x in (cu_seqlens_q, cu_seqlens_k))
+        asked = causal, softmax_scale, list(window_size), softcap, sinks, backend
+        return torch.ops.ringkern.attn_varlen(q, k, v, *edges, *asked)
+    problem, taken = _problem_on_device(
         q,
         k,
         v,
@@ -122,7 +133,7 @@ def attn_varlen_func(
         f"{len(edges_q)} entries, as cu_seqlens_q",
         len(edges_k),
     )
-    out, lse = _attend(q[None], k[None], v[None], edges_q, edges_k, problem, sinks)
+    out, lse = _attend(q[None], k[None], v[None], edges_q, edges_k, problem, sinks, taken)
     return out[0], lse[0]
 
 
@@ -144,6 +155,8 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
         lse: lses' shape without parts, float32.
     """
     outs, lses = _stacked("outs", outs), _stacked("lses", lses)
+    if torch.compiler.is_compiling():
+        return torch.ops.ringkern.merge(outs, lses)
     for name, x in (("outs", outs), ("lses", lses)):
         ok = isinstance(x, torch.Tensor) and x.is_floating_point()
         check(ok, name, "a floating tensor", getattr(x, "dtype", type(x).__name__))
@@ -169,21 +182,75 @@ def _stacked(name, parts):
     return torch.stack(tuple(parts))
 
 
-def _attend(q, k, v, edges_q, edges_k, problem: Problem, sinks):
+def _attend(q, k, v, edges_q, edges_k, problem: Problem, sinks, taken: str):
     """Return (out, lse) of packed sequences on this device, [batch, total, heads, headdim]."""
     lengths_q, lengths_k = np.diff(edges_q), np.diff(edges_k)
     # Bottom-right aligned: the last query of a sequence stands at its last key.
     q_runs = whole_runs(edges_q, lengths_k - lengths_q)
     k_runs = whole_runs(edges_k, np.zeros_like(lengths_k))
     left, right = tiles.bounds(problem.causal, problem.window_size)
-    out, lse = local.make_state(q, problem.headdim_v, sinks)
-    spans = local.prepare(tiles.make_spans(q_runs, k_runs, left, right))
-    local.step(q, k, v, out, lse, spans, problem)
-    return out.to(q.dtype), lse
+    spans = tiles.make_spans(q_runs, k_runs, left, right)
+    return local.attend(q, k, v, spans, problem, sinks, taken)
 
 
-def _problem_on_device(q, k, v, dims, shape, backend, sinks, **asked) -> Problem:
+def _problem_on_device(q, k, v, dims, shape, asked, sinks, **options) -> tuple[Problem, str]:
+    """Return the Problem of checked arguments, and the backend that computes it."""
     check_dims(q, k, v, dims, shape)
-    problem = make_problem(q, k, v, sinks=sinks, **asked)
-    local.pick_backend(backend, q.device)
-    return problem
+    problem = make_problem(q, k, v, sinks=sinks, **options)
+    return problem, pick_backend(asked, q.device, problem)
+
+
+# ---- the same as operators, which torch.compile and torch.export trace through
+
+
+@torch.library.custom_op("ringkern::attn", mutates_args=())
+def _attn_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+    window_size: Sequence[int],
+    softcap: float,
+    sinks: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    asked = dict(causal=causal, softmax_scale=softmax_scale, window_size=tuple(window_size))
+    return attn_func(q, k, v, **asked, softcap=softcap, sinks=sinks, backend=backend)
+
+
+@torch.library.custom_op("ringkern::attn_varlen", mutates_args=())
+def _attn_varlen_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+    window_size: Sequence[int],
+    softcap: float,
+    sinks: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    asked = dict(causal=causal, softmax_scale=softmax_scale, window_size=tuple(window_size))
+    asked |= dict(softcap=softcap, sinks=sinks, backend=backend)
+    return attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, **asked)
+
+
+@_attn_op.register_fake
+@_attn_varlen_op.register_fake
+def _attn_shapes(q, k, v, *_):
+    *where, seqlen, nheads, _ = q.shape
+    out = q.new_empty(*where, seqlen, nheads, v.shape[-1])
+    return out, q.new_empty(*where, nheads, seqlen, dtype=torch.float32)
+
+
+@torch.library.custom_op("ringkern::merge", mutates_args=())
+def _merge_op(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    return merge(outs, lses)
+
+
+@_merge_op.register_fake
+def _merge_shapes(outs, lses):
+    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:], dtype=torch.float32)

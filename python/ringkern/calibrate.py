@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ringkern import local, tiles
+from ringkern.backend import pick_backend
 from ringkern.profile import load
 from ringkern.types import Hardware, Problem
 
@@ -40,21 +41,21 @@ def measure(ring, budget_s: float = 3.0, problem: Problem = TYPICAL, shapes=SHAP
     """
     share = budget_s / (len(shapes) + 8)
     ring.barrier()
-    mine = {"span_us": _mean_us(_attention(1, 1, problem), share), "attend_tflops": []}
+    mine = {"span_us": _mean_us(_attention(ring, 1, 1, problem), share), "attend_tflops": []}
     per_pair = 2 * problem.nheads * (problem.headdim + problem.headdim_v)
     for rows, keys in shapes:
-        us = _mean_us(_attention(rows, keys, problem), share)
+        us = _mean_us(_attention(ring, rows, keys, problem), share)
         us = max(us - mine["span_us"], us / 10)
         mine["attend_tflops"].append((rows, per_pair * rows * keys / us / 1e6))
     mine["merge_gb_s"] = _merge_gb_s(problem, share)
     mine["latency_us"] = _exchange_us(ring, 8, share)
     mine["link_gb_s"] = _link_gb_s(ring, share)
-    both = _both_us(ring, _attention(16, 1024, problem), 8, 2 * share)
+    both = _both_us(ring, _attention(ring, 16, 1024, problem), 8, 2 * share)
     mine["step_us"] = max(0.0, both.together - max(both.attend, mine["latency_us"]))
     # Half as long under way as attended: where messages hide, what do they take from attention?
     nbytes = min(LINK_BYTES[1], max(4096, int(mine["link_gb_s"] * 2e3 * both.attend)))
     nbytes = ring.gather_int(nbytes)[0]
-    both = _both_us(ring, _attention(64, 1024, problem), nbytes, 2 * share)
+    both = _both_us(ring, _attention(ring, 64, 1024, problem), nbytes, 2 * share)
     exchange = mine["latency_us"] + nbytes / mine["link_gb_s"] / 1e3
     lost = both.together - both.attend - mine["step_us"]
     mine["contention"] = min(1.0, max(0.0, lost / exchange))
@@ -79,7 +80,7 @@ def _mean_us(call, seconds: float, least: int = 3) -> float:
     return (time.perf_counter() - start) / count * 1e6
 
 
-def _attention(rows, keys, problem):
+def _attention(ring, rows, keys, problem):
     """Return a function that attends, of so many query rows to so many keys.
 
     To others each time: a layer's K and V are in no cache when their turn comes.
@@ -91,12 +92,14 @@ def _attention(rows, keys, problem):
     layers = max(1, COLD_BYTES // (sum(sizes) * dtype.itemsize))
     pool = itertools.cycle(torch.ones(layers, sum(sizes), dtype=dtype).split(1))
     run = torch.tensor([[0, 0, 0, rows, 1]]).numpy(), torch.tensor([[0, 0, 0, keys, 1]]).numpy()
-    spans = local.prepare(tiles.make_spans(*run, tiles.UNBOUNDED, tiles.UNBOUNDED))
+    spans = tiles.make_spans(*run, tiles.UNBOUNDED, tiles.UNBOUNDED)
+    backend = pick_backend("auto", ring.device, problem)
+    work = local.prepare(spans, problem, ring.device, backend, rows=rows)
     state = local.make_state(q, problem.headdim_v)
 
     def attend():
         k, v = next(pool)[0].split(sizes)
-        local.step(q, k.view(k_shape), v.view(v_shape), *state, spans, problem)
+        local.step(q, k.view(k_shape), v.view(v_shape), *state, work, problem)
 
     return attend
 

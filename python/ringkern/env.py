@@ -19,6 +19,7 @@ VARIABLES = {
     "RINGKERN_LANES": "TCP connections per peer that share the data, 1 to 16; default 1",
     "RINGKERN_CHECKSUM": "1: check every payload by CRC32C",
     "RINGKERN_PROFILE": "a file that `ringkern calibrate` wrote, for the choice of method",
+    "RINGKERN_BACKEND": "auto, triton or torch: what computes where a call says auto; default auto",
     "RINGKERN_CHECK": "1: compare the arguments of every call between ranks first",
     "RINGKERN_TRACE": "a file for rank 0 to write a trace of all ranks to, when the ring closes",
 }
@@ -38,6 +39,14 @@ def lanes() -> int:
     ok = value.isascii() and value.isdigit() and 1 <= int(value) <= 16
     check(ok, "RINGKERN_LANES", "1 to 16", repr(value))
     return int(value)
+
+
+def backend() -> str:
+    """Return RINGKERN_BACKEND: "auto", "triton" or "torch"."""
+    value = os.environ.get("RINGKERN_BACKEND", "auto")
+    ok = value in ("auto", "triton", "torch")
+    check(ok, "RINGKERN_BACKEND", "auto, triton or torch", repr(value))
+    return value
 
 
 def trace() -> str | None:

@@ -1,25 +1,16 @@
-"""One step on this device: picks the kernel."""
+"""One step on this device, by the kernels that backend.pick() named."""
 
+import functools
+from typing import NamedTuple
+
+import numpy as np
 import torch
 
-from ringkern.errors import UnsupportedError, check
+from ringkern import tile_table
+from ringkern.backend import why_not_triton
+from ringkern.decode_table import make_decode_table
 from ringkern.kernels import reference, step_torch
-
-BACKENDS = ("auto", "triton", "hopper", "torch")
-
-
-def pick_backend(backend: str, device: torch.device) -> str:
-    """Return the backend that will run on this device, or raise what is missing for it."""
-    check(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", repr(backend))
-    if backend in ("triton", "hopper"):
-        raise UnsupportedError(
-            f'backend "{backend}": needs kernels that this version does not have. Use "torch".'
-        )
-    if device.type != "cpu":
-        raise UnsupportedError(
-            f"attention on {device.type}: this version computes on the CPU. Move q, k and v there."
-        )
-    return "torch"
+from ringkern.types import Problem
 
 
 def make_state(q, headdim_v: int, sinks=None):
@@ -43,26 +34,141 @@ def clear_(out, lse) -> None:
     lse.fill_(float("-inf"))
 
 
-def prepare(spans):
-    """Return a table of spans as step() takes it: once for all layers."""
-    return spans.tolist()
+class _Decode(NamedTuple):
+    """What the decode kernel takes beside q, k, v and the state."""
+
+    tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    options: dict[str, int]
 
 
-def step(q, k, v, out, lse, spans, problem) -> None:
+def prepare(
+    spans: np.ndarray,
+    problem: Problem,
+    device: torch.device,
+    backend: str,
+    *,
+    rows: int,
+    page_size: int | None = None,
+    every_row: bool = False,
+):
+    """Return a table of spans as step() takes it: once for all layers.
+
+    Args:
+        spans: int64 [n, 8], columns as in types.Span.
+        backend: "torch" or "triton".
+        rows: of the query tensor.
+        page_size: of the cache that K and V are slots of; None: they are packed.
+        every_row: whether queries that see no key need to be written too.
+    """
+    if backend == "torch":
+        return spans.tolist()
+    if page_size and problem.batch == 1:
+        table = make_decode_table(spans, rows, page_size)
+        if table:
+            return _prepare_decode(table, problem, device)
+    from ringkern.kernels import cut, target
+
+    heads = problem.nheads, problem.nheads_k, problem.headdim, problem.headdim_v
+    tokens = int((spans[:, 1] - spans[:, 0]).max(initial=1))
+    how = cut.choose_cut(*heads, problem.dtype, target.arch(device), tokens)
+    fill = cut.tiles_to_fill(how, problem.batch, problem.nheads, _processors(device))
+    rows = rows if every_row else 0
+    table = tile_table.make_tiles(spans, how.block_q, how.block_n, rows=rows, fill=fill)
+    return cut.make_table(table, how, device)
+
+
+def _prepare_decode(table, problem, device) -> _Decode:
+    from ringkern.kernels.decode import choose_splits
+
+    sequences = np.count_nonzero(table.seqlens)
+    splits = choose_splits(
+        sequences, problem.nheads_k, int(table.seqlens.max()), _processors(device)
+    )
+    arrays = table.block_table, table.seqlens, table.cu_seqlens_q
+    tables = tuple(torch.from_numpy(x).to(device) for x in arrays)
+    longest = int(np.diff(table.cu_seqlens_q)[table.seqlens > 0].max())
+    return _Decode(tables, dict(max_seqlen_q=longest, page_size=table.page_size, num_splits=splits))
+
+
+def step(q, k, v, out, lse, work, problem: Problem) -> None:
     """Add the keys of the spans to the running (out, lse), in place. Shapes as in step_torch.
 
-    spans: as prepare() returned them.
+    work: as prepare() returned it.
     """
-    scale, softcap = problem.softmax_scale, problem.softcap
-    step_torch.step(q, k, v, out, lse, spans, softmax_scale=scale, softcap=softcap)
+    scores = dict(softmax_scale=problem.softmax_scale, softcap=problem.softcap)
+    if isinstance(work, list):
+        step_torch.step(q, k, v, out, lse, work, **scores)
+        return
+    scores["allow_tf32"] = _allow_tf32()
+    if isinstance(work, _Decode):
+        from ringkern.kernels.decode import decode
+
+        packed = q[0], k[0], v[0], out[0], lse[0]
+        decode(*packed, *work.tables, **work.options, **scores, seeded=True)
+    else:
+        from ringkern.kernels import step as kernel
+
+        kernel.step(q, k, v, out, lse, work, **scores)
+
+
+def attend(q, k, v, spans: np.ndarray, problem: Problem, sinks, backend: str):
+    """Return (out, lse) of all there is: out in q's dtype, lse float32.
+
+    q [batch, seqlen_q, nheads, headdim], k [batch, seqlen_k, nheads_k, headdim], v [...,
+    headdim_v]; out [batch, seqlen_q, nheads, headdim_v], lse [batch, nheads, seqlen_q].
+    """
+    batch, seqlen_q, nheads, _ = q.shape
+    if backend == "torch" or not q.numel():
+        out, lse = make_state(q, problem.headdim_v, sinks)
+        work = prepare(spans, problem, q.device, "torch", rows=seqlen_q)
+        step(q, k, v, out, lse, work, problem)
+        return out.to(q.dtype), lse
+    from ringkern.kernels import step as kernel
+
+    work = prepare(spans, problem, q.device, backend, rows=seqlen_q, every_row=True)
+    out = q.new_empty(batch, seqlen_q, nheads, problem.headdim_v)
+    lse = q.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
+    options = dict(softmax_scale=problem.softmax_scale, softcap=problem.softcap)
+    options |= dict(phase="only", result=out, sinks=sinks, allow_tf32=_allow_tf32())
+    kernel.step(q, k, v, None, lse, work, **options)
+    return out, lse
 
 
 def merge_(out, lse, part_out, part_lse) -> None:
-    """Merge a part into the running (out, lse), in place; float32 all."""
-    step_torch.merge_(out, lse, part_out, part_lse)
+    """Merge a part into the running (out, lse), in place: float32; part_out in any dtype."""
+    if _on_triton(part_out):
+        from ringkern.kernels import merge as kernel
+
+        kernel.merge_(out, lse, part_out, part_lse)
+    else:
+        step_torch.merge_(out, lse, part_out.float(), part_lse)
 
 
 def merge(outs, lses):
     """Return (out, lse) of all parts together; out in outs' dtype, lse float32."""
+    if outs.numel() and _on_triton(outs):
+        from ringkern.kernels import merge as kernel
+
+        return kernel.merge(outs.contiguous(), lses.float())
     out, lse = reference.merge(outs, lses.float())
     return out.to(outs.dtype), lse
+
+
+def _on_triton(outs) -> bool:
+    """Return whether merges of such parts, [..., headdim], are the Triton kernel's."""
+    dtype = str(outs.dtype).removeprefix("torch.")
+    kernel_has = dtype in ("float16", "bfloat16", "float32")
+    return outs.is_cuda and kernel_has and not why_not_triton(outs.device, outs.shape[-1], dtype)
+
+
+def _allow_tf32() -> bool:
+    """Return whether float32 products may be rounded: torch.set_float32_matmul_precision()."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU; 1 for the interpreter."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -17,7 +17,7 @@ class _Work(NamedTuple):
     q: torch.Tensor | None  # this rank's queries
     kv: tuple[torch.Tensor, torch.Tensor] | None  # this rank's K and V
     state: tuple[torch.Tensor, torch.Tensor] | None  # of this rank's queries
-    spans: object  # as local.prepare() returns them
+    table: object  # of the spans, as local.prepare() returns it
 
 
 class _Ready(NamedTuple):
@@ -51,8 +51,11 @@ class Program:
         device: torch.device,
         partial_dtype: torch.dtype | None,
         pool: Pool,
+        backend: str,
+        page_size: int | None,
     ):
-        self._problem, self._rank = problem, rank
+        self._plan, self._problem, self._rank = plan, problem, rank
+        self._device, self._backend, self._page_size = device, backend, page_size
         sent = {(move.kind, move.rank) for step in schedule for move in step.sends}
         self.sends_q = ("q", rank) in sent
         # Room for this rank's K and V on the wire, to be filled before each run; None: they stay.
@@ -105,11 +108,14 @@ class Program:
 
     def _make_work(self, work, blocks):
         mine, stays = work.q_rank == self._rank, work.kv_rank == self._rank
+        where = self._problem, self._device, self._backend
+        rows = self._plan.num_tokens(work.q_rank)
+        page_size = self._page_size if stays else None
         return _Work(
             None if mine else blocks.q(work.q_rank),
             None if stays else blocks.kv(work.kv_rank),
             None if mine else blocks.make_part(work.q_rank),
-            local.prepare(work.spans),
+            local.prepare(work.spans, *where, rows=rows, page_size=page_size),
         )
 
     def run(self, link, stats, q, own_kv, state) -> None:
@@ -143,7 +149,7 @@ class Program:
                 out, lse = work.state or state
                 if work.state:
                     local.clear_(out, lse)
-                local.step(q if work.q is None else work.q, k, v, out, lse, work.spans, problem)
+                local.step(q if work.q is None else work.q, k, v, out, lse, work.table, problem)
                 stats.add("attend", step.index, began, now())
             if ticket:
                 began = now()
@@ -152,5 +158,5 @@ class Program:
                 stats.add("exchange", step.index, *times, step.nbytes)
             for out, lse in step.parts:
                 began = now()
-                local.merge_(*state, out.float(), lse)
+                local.merge_(*state, out, lse)
                 stats.add("merge", step.index, began, now())

@@ -4,6 +4,7 @@ import torch
 
 from ringkern import calibrate, env, local
 from ringkern.agreement import agree
+from ringkern.backend import pick_backend
 from ringkern.blocks import Pool
 from ringkern.cache import KVCache
 from ringkern.collectives import Collectives
@@ -205,7 +206,10 @@ class Ring(Collectives):
         if program is None:
             schedule = self._schedule(plan, method, problem, cache)
             sizes = plan, problem, self.rank, dtype, self.device, partial_dtype
-            program = self._programs[key] = Program(schedule, *sizes, self._pool)
+            backend = pick_backend("auto", self.device, problem)
+            program = self._programs[key] = Program(
+                schedule, *sizes, self._pool, backend, getattr(cache, "page_size", None)
+            )
         return program
 
     def choose(
@@ -270,7 +274,7 @@ class Ring(Collectives):
     def check_open(self) -> None:
         """Raise unless calls can be made."""
         check(not self._closed, "ring", "an open ring", "a closed one", "Make a new ring.")
-        local.pick_backend("auto", self.device)
+        pick_backend("auto", self.device)
 
     def _check_plan(self, plan) -> None:
         check(isinstance(plan, Plan), "plan", "a Plan", type(plan).__name__)

@@ -6,6 +6,7 @@ import numpy as np
 
 MANY = 1 << 14  # runs that are looked at together: more take memory and save no time
 CUT_PAIRS = 1 << 14  # a span of fewer is not cut in two: what a span costs at least is no gain
+CUT_ROWS = 256  # and where, in key rows: with whole pages of a cache on either side
 UNBOUNDED = 1 << 62  # a window side without a bound; far from overflow when positions are added
 
 
@@ -180,17 +181,17 @@ def halve(spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return spans, spans
     missing = half - count[:at].sum()
     q0, q1, k0, k1, lo, hi, q_stride, k_stride = spans[at].tolist()
-    keys = round(missing / count[at] * (k1 - k0))
-    if count[at] < CUT_PAIRS or keys in (0, k1 - k0):
+    cut = (k0 + round(missing / count[at] * (k1 - k0))) // CUT_ROWS * CUT_ROWS
+    if count[at] < CUT_PAIRS or not k0 < cut < k1:
         at += bool(missing >= count[at] / 2)
         return spans[:at], spans[at:]
-    cut = np.array([spans[at], spans[at]])
-    ahead = keys * k_stride  # of the second part's corner
-    cut[0, 3], cut[0, 5] = k0 + keys, min(hi, ahead - k_stride)
-    cut[1, 2] = k0 + keys
-    cut[1, 4:6] = max(lo - ahead, (q0 - q1 + 1) * q_stride), hi - ahead
-    cut = [part[counts(part) > 0] for part in (cut[:1], cut[1:])]
-    return np.concatenate([spans[:at], cut[0]]), np.concatenate([cut[1], spans[at + 1 :]])
+    parts = np.array([spans[at], spans[at]])
+    ahead = (cut - k0) * k_stride  # of the second part's corner
+    parts[0, 3], parts[0, 5] = cut, min(hi, ahead - k_stride)
+    parts[1, 2] = cut
+    parts[1, 4:6] = max(lo - ahead, (q0 - q1 + 1) * q_stride), hi - ahead
+    first, second = (part[counts(part) > 0] for part in (parts[:1], parts[1:]))
+    return np.concatenate([spans[:at], first]), np.concatenate([second, spans[at + 1 :]])
 
 
 def _below(spans, column, more):

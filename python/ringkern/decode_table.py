@@ -1,0 +1,63 @@
+"""Spans over a paged cache, as the tables of the decode kernel. Pure."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+MOST_ROWS = 16  # queries of a sequence; beyond, tiles of the step kernel are as good
+
+
+class DecodeTable(NamedTuple):
+    """Which pages hold the keys of which queries. int32 all.
+
+    block_table: [sequences, pages], pages in order; those past a sequence's keys are 0.
+    seqlens: [sequences], keys. 0: queries that see none.
+    cu_seqlens_q: [sequences + 1], from 0 to the rows of the query tensor.
+    """
+
+    block_table: np.ndarray
+    seqlens: np.ndarray
+    cu_seqlens_q: np.ndarray
+    page_size: int
+
+
+def make_decode_table(spans: np.ndarray, rows: int, page_size: int) -> DecodeTable | None:
+    """Return the tables of a span table, int64 [n, 8]; None where spans are no decode.
+
+    That is: a mask, many queries of a sequence, queries that see different keys, or keys that do
+    not fill page after page from its first slot on.
+
+    Args:
+        spans: of keys in slots page * page_size + offset; columns as in types.Span.
+        rows: of the query tensor.
+        page_size: slots of a page.
+    """
+    if not len(spans):
+        return None
+    spans = spans[np.lexsort((np.arange(len(spans)), spans[:, 0]))]
+    q0, q1, k0, k1, lo, hi, q_stride, k_stride = spans.T
+    full = (lo == (q0 - q1 + 1) * q_stride) & (hi == (k1 - k0 - 1) * k_stride)
+    begins, of = np.unique(q0, return_inverse=True)
+    ends = np.zeros(len(begins), dtype=np.int64)
+    ends[of] = q1
+    # Of a sequence, every stretch but the last ends with its page.
+    last = np.append(of[1:] != of[:-1], True)
+    whole = (k0 % page_size == 0) & (last | (k1 % page_size == 0))
+    alike = (ends[of] == q1).all() and (begins[1:] >= ends[:-1]).all()
+    few = (ends - begins).max() <= MOST_ROWS
+    if not (full.all() and whole.all() and alike and few):
+        return None
+    edges = np.unique(np.concatenate([[0, rows], begins, ends]))
+    seq = np.searchsorted(edges, begins)[of]  # rows between are sequences without keys
+    pages = -(-k1 // page_size) - k0 // page_size
+    count = np.bincount(seq, pages, len(edges) - 1).astype(np.int64)
+    block_table = np.zeros((len(count), max(1, count.max())), dtype=np.int32)
+    within = np.arange(pages.sum()) - np.repeat(np.cumsum(pages) - pages, pages)
+    numbers = np.repeat(k0 // page_size, pages) + within
+    owner = np.repeat(seq, pages)
+    place = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+    block_table[owner, place] = numbers
+    seqlens = np.bincount(seq, k1 - k0, len(count))
+    return DecodeTable(
+        block_table, seqlens.astype(np.int32), edges.astype(np.int32), int(page_size)
+    )

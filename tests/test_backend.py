@@ -1,0 +1,200 @@
+"""backend="triton" through the public functions and the ring; what cannot run says why."""
+
+import builtins
+import warnings
+
+import pytest
+import ringkern
+import torch
+from accelerator import DEVICE, EACH_DTYPE, ON_GPU
+from close import assert_close, assert_lse_close
+from ringkern import backend
+from ringkern.errors import ArgumentError, UnsupportedError
+from ringkern.kernels import reference, target
+from ringkern.launch import launch
+from ringkern.types import Problem
+
+OPTIONS = [
+    dict(),
+    dict(causal=True, window_size=(7, -1)),
+    dict(window_size=(3, 2), softcap=4.0),
+    dict(causal=True, sinks=True, softmax_scale=-0.3),
+]
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """No test sees what another one made the backends believe."""
+    yield
+    backend.why_not_triton.cache_clear()
+    backend._warn.cache_clear()
+
+
+def draw(*shapes, dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.randn(shape).to(DEVICE, dtype) for shape in shapes]
+
+
+def assert_agree(found, oracle, baseline, name):
+    assert_close(found[0].cpu(), oracle[0].cpu(), baseline[0].cpu(), name=name)
+    assert_lse_close(found[1].cpu(), oracle[1].cpu(), name=name)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda x: " ".join(x) or "full")
+def test_dense_calls_match_the_oracle(dtype, options):
+    # More queries than keys: with a causal mask the first ones see none.
+    for seqlens, heads, dims in (((23, 37), (4, 2), (16, 24)), ((41, 19), (3, 3), (40, 40))):
+        shapes = [(2, n, h, d) for n, h, d in zip((*seqlens, seqlens[1]), (heads[0], heads[1], heads[1]), (dims[0], *dims), strict=True)]  # fmt: skip
+        q, k, v = draw(*shapes, dtype=dtype)
+        asked = dict(options)
+        if "sinks" in asked:
+            asked["sinks"] = torch.linspace(-2, 2, heads[0], device=DEVICE)
+        found = ringkern.attn_func(q, k, v, **asked, backend="triton")
+        assert found[0].dtype == dtype
+        baseline = reference.attn(q, k, v, **asked, dtype=dtype)
+        assert_agree(found, reference.attn(q, k, v, **asked), baseline, f"{seqlens}")
+
+
+def test_packed_calls_match_the_oracle():
+    q, k, v = draw((60, 4, 16), (70, 1, 16), (70, 1, 16))
+    edges = [0, 1, 1, 40, 60], [0, 5, 12, 12, 70]  # empty on either side, and neither
+    for options in (dict(causal=True), dict(window_size=(4, -1))):
+        found = ringkern.attn_varlen_func(q, k, v, *edges, **options, backend="triton")
+        oracle = reference.attn_varlen(q, k, v, *edges, **options)
+        assert_agree(found, oracle, oracle, f"{options}")
+    assert found[1].isneginf().any(), "some rows should see no key"
+
+
+def test_views_and_empty_calls():
+    (whole,) = draw((1, 33, 3, 4, 16))
+    q, k, v = whole[:, ::2, 0], whole[:, 1::2, 1, :2], whole[:, 1::2, 2, :2]  # no copies
+    found = ringkern.attn_func(q, k, v, causal=True, backend="triton")
+    oracle = reference.attn(q, k, v, causal=True)
+    assert_agree(found, oracle, oracle, "views")
+    out, lse = ringkern.attn_func(q, k[:, :0], v[:, :0], backend="triton")
+    assert not out.any() and lse.isneginf().all()
+
+
+def ring_calls(worker):
+    """Return this rank's answers by each method, and how often the decode kernel ran."""
+    from ringkern.kernels import decode
+
+    torch.manual_seed(0)
+    decodes, real = [], decode.decode
+    decode.decode = lambda *args, **options: (decodes.append(1), real(*args, **options))
+    lengths = {"a": 29, "b": 2}
+    whole = [torch.randn(31, heads, 16) for heads in (4, 2, 2)]
+    placement = ringkern.Placement(worker.world_size)
+    with ringkern.init_ring() as ring:
+        cache = ringkern.KVCache(
+            ring, placement, num_layers=4, nheads_k=2, headdim=16, dtype=torch.float32,
+            num_pages=40, page_size=4,
+        )  # fmt: skip
+        found = []
+        for turn in (placement.prefill, placement.prefill, placement.decode, placement.decode):
+            lengths = {"a": 5, "b": 7} if found else lengths
+            plan = turn(lengths if turn == placement.prefill else list(lengths))
+            mine = [plan.shard(x[: plan.total], ring.rank) for x in whole]
+            for layer, method in enumerate(("pass_kv", "pass_q", "gather_kv", "gather_q")):
+                out, lse = ring.attn(
+                    *mine, plan, cache=cache, layer=layer, method=method, return_lse=True
+                )
+                found.append((out, lse))
+        return found, len(decodes)
+
+
+def test_a_ring_computes_with_triton(monkeypatch):
+    if ON_GPU:
+        pytest.skip("rings of GPUs are not there yet: the ring's device is the CPU")
+    found = {}
+    for name in ("torch", "triton"):
+        monkeypatch.setenv("RINGKERN_BACKEND", name)
+        found[name] = launch(ring_calls, 3, threads=1, timeout_s=300)
+    for rank, (ours, theirs) in enumerate(zip(found["triton"], found["torch"], strict=True)):
+        (ours, decodes), (theirs, none) = ours, theirs
+        assert len(ours) == len(theirs) == 16 and decodes > 0 and none == 0
+        for call, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            for x, y in zip(a, b, strict=True):
+                torch.testing.assert_close(x, y, rtol=2e-6, atol=2e-6, msg=f"{rank=} {call=}")
+
+
+# ---- what cannot run
+
+
+def problem(headdim=16, dtype="float32"):
+    return Problem(1, 1, 1, headdim, headdim, dtype, False, 1.0, (-1, -1), 0.0)
+
+
+def test_unsupported_calls_are_refused():
+    for asked, error, words in (
+        ("hopper", UnsupportedError, "no such kernels"),
+        ("cuda", ArgumentError, "backend: want one of auto, triton, hopper, torch, got 'cuda'"),
+    ):
+        with pytest.raises(error, match=words):
+            backend.pick_backend(asked, DEVICE, problem())
+    with pytest.raises(UnsupportedError, match="headdim of at most 256, got 257"):
+        backend.pick_backend("triton", DEVICE, problem(257))
+    with pytest.raises(UnsupportedError, match="attention on meta"):
+        backend.pick_backend("auto", torch.device("meta"), problem())
+
+
+@pytest.mark.skipif(ON_GPU, reason="is about machines without a GPU")
+def test_the_cpu_needs_the_interpreter_and_it_no_bfloat16(monkeypatch):
+    q = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedError, match="interpreter computes bfloat16 wrongly"):
+        ringkern.attn_func(q, q, q, backend="triton")
+    backend.why_not_triton.cache_clear()
+    monkeypatch.setattr(target, "INTERPRET", False)
+    with pytest.raises(UnsupportedError, match='CUDA device, got cpu. Use backend="torch"'):
+        ringkern.attn_func(q.float(), q.float(), q.float(), backend="triton")
+
+
+def test_a_missing_or_old_triton_is_named(monkeypatch):
+    imports = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "ringkern.kernels":
+            raise ImportError("triton: want 3.6 or later, got 3.5.1")
+        return imports(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UnsupportedError, match="want 3.6 or later, got 3.5.1"):
+        backend.pick_backend("triton", DEVICE, problem())
+    # On a GPU, "auto" goes the slower way, and says so once.
+    with pytest.warns(RuntimeWarning, match="slower, as Triton cannot: triton: want 3.6"):
+        assert backend.pick_backend("auto", torch.device("cuda"), problem()) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.pick_backend("auto", torch.device("cuda"), problem()) == "torch"
+
+
+def test_the_variable_decides_where_a_call_says_auto(monkeypatch):
+    on_cpu = torch.device("cpu")
+    assert backend.pick_backend("auto", on_cpu, problem()) == "torch"
+    monkeypatch.setenv("RINGKERN_BACKEND", "triton")
+    if not ON_GPU:
+        assert backend.pick_backend("auto", on_cpu, problem()) == "triton"
+    assert backend.pick_backend("torch", on_cpu, problem()) == "torch"
+    monkeypatch.setenv("RINGKERN_BACKEND", "fast")
+    with pytest.raises(ArgumentError, match="RINGKERN_BACKEND: want auto, triton or torch"):
+        backend.pick_backend("auto", on_cpu, problem())
+
+
+def test_float32_products_are_exact_unless_asked(monkeypatch):
+    from ringkern.kernels import step
+
+    asked = []
+    real = step.step
+    monkeypatch.setattr(
+        step, "step", lambda *a, allow_tf32, **kw: (asked.append(allow_tf32), real(*a, **kw))
+    )
+    (q,) = draw((1, 3, 1, 16))
+    ringkern.attn_func(q, q, q, backend="triton")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        ringkern.attn_func(q, q, q, backend="triton")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert asked == [False, True]

@@ -1,0 +1,59 @@
+"""The decode kernel's tables say what their spans say."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ringkern.decode_table import make_decode_table
+
+
+def full(q0, q1, k0, k1):
+    return q0, q1, k0, k1, 1 - (q1 - q0), k1 - k0 - 1, 1, 1
+
+
+def slots_of(table, seq):
+    """Return the slots of a sequence's keys, in order."""
+    size, length = table.page_size, table.seqlens[seq]
+    pages = table.block_table[seq, : -(-length // size)].astype(np.int64)
+    return (pages[:, None] * size + np.arange(size)).ravel()[:length]
+
+
+@given(st.data(), st.integers(1, 5), st.integers(1, 9))
+def test_tables_hold_every_key_of_every_query(data, sequences, page_size):
+    free = iter(data.draw(st.permutations(range(40))))
+    spans, want, row = [], {}, 0
+    for _ in range(sequences):
+        row += data.draw(st.integers(0, 2))  # queries that see no key
+        q1 = row + data.draw(st.integers(1, 3))
+        pages = [next(free) for _ in range(data.draw(st.integers(1, 4)))]
+        length = data.draw(st.integers(1, len(pages) * page_size))
+        slots = [p * page_size + i for p in pages for i in range(page_size)][:length]
+        edges = [i for i in range(1, length) if slots[i] != slots[i - 1] + 1]
+        for a, b in zip([0, *edges], [*edges, length], strict=True):
+            spans.append(full(row, q1, slots[a], slots[b - 1] + 1))
+        want |= dict.fromkeys(range(row, q1), slots)
+        row = q1
+    rows = row + data.draw(st.integers(0, 2))
+    table = make_decode_table(np.array(spans, dtype=np.int64), rows, page_size)
+    edges = table.cu_seqlens_q
+    assert edges[0] == 0 and edges[-1] == rows and (np.diff(edges) > 0).all()
+    assert table.block_table.dtype == table.seqlens.dtype == edges.dtype == np.int32
+    for seq, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for query in range(a, b):
+            assert slots_of(table, seq).tolist() == want.get(query, [])
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [(0, 2, 0, 8, 0, 5, 1, 1)],  # a mask
+        [full(0, 17, 0, 8)],  # many queries
+        [full(0, 1, 2, 8)],  # not from a page's first slot on
+        [full(0, 1, 0, 6), full(0, 1, 8, 12)],  # a gap
+        [full(0, 2, 0, 4), full(0, 1, 4, 8)],  # one query sees more
+        [full(0, 2, 0, 4), full(1, 2, 4, 8)],
+        [],
+    ],
+)
+def test_what_is_no_decode_has_no_tables(spans):
+    assert make_decode_table(np.array(spans, dtype=np.int64).reshape(-1, 8), 20, 4) is None
