@@ -3,6 +3,7 @@
 import statistics
 
 from bench import regret
+from bench.paper import UNPADDED
 
 
 def transport(records: list[dict]) -> list[str]:
@@ -164,10 +165,12 @@ def order(records: list[dict]) -> list[str]:
 
 
 def decode(records: list[dict]) -> list[str]:
-    """One token of each sequence, against the paper's ring decode."""
-    rows = [["batch", "cached", "gather_q, p50", "paper's ring decode, p50", "time", "asked for"]]
+    """One token of each sequence, against the paper's ring decode, and that without padding."""
+    heads = ["batch", "cached", "gather_q, p50", "paper's ring decode, p50", "time", "asked for"]
+    rows = [[*heads, "without padding", "time"]]
     for one in _of(records, "gather_q"):
         peer = _find(records, one["case"], one["peer"])
+        kinder = _find(records, one["case"], UNPADDED)
         target = one["targets"].get("ratio")
         rows.append(
             [
@@ -177,6 +180,8 @@ def decode(records: list[dict]) -> list[str]:
                 _time(peer["time_us"]["p50"]),
                 f"{one['ratio']:.2f} x",
                 "" if target is None else f"{target:.2f} x{_verdict(one)}",
+                _time(kinder["time_us"]["p50"]),
+                f"{one['time_us']['p50'] / kinder['time_us']['p50']:.2f} x",
             ]
         )
     return _table(rows)

@@ -41,7 +41,7 @@ ALLOWED = {
     "collectives": {"agreement", "errors"},
     "program": {"blocks", "local", "plan", "types"},
     "blocks": {"cost", "plan", "types"},
-    "cache": {"errors", "pages", "placement", "plan", "problem"},
+    "cache": {"backend", "errors", "local", "pages", "placement", "plan", "problem"},
     "calibrate": {"backend", "local", "tiles", "profile", "types"},
     "ring": {
         "errors",

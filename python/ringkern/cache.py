@@ -5,6 +5,8 @@ import itertools
 import numpy as np
 import torch
 
+from ringkern import local
+from ringkern.backend import pick_backend
 from ringkern.errors import ArgumentError, check
 from ringkern.pages import PageTable
 from ringkern.placement import Placement
@@ -85,6 +87,7 @@ class KVCache:
             placement.world_size,
         )
         self.ring, self.placement, self.dtype = ring, placement, dtype
+        self._backend = pick_backend("auto", ring.device)
         self.number = next(_numbers)  # in the memos of plans: never another cache's
         self.num_layers, self.page_size, self.num_pages = num_layers, page_size, num_pages
         slots = num_pages * page_size
@@ -154,8 +157,8 @@ class KVCache:
 
     def store(self, layer: int, slots: torch.Tensor, k, v) -> None:
         """Copy K and V, [1, len(slots), ...], into slots of a layer."""
-        self._k[layer].index_copy_(1, slots, k)
-        self._v[layer].index_copy_(1, slots, v)
+        local.scatter_rows(k, slots, self._k[layer], self._backend)
+        local.scatter_rows(v, slots, self._v[layer], self._backend)
 
     def runs(self, plan: Plan) -> np.ndarray:
         """Return where K and V of the plan's sequences lie on this rank.
@@ -167,8 +170,8 @@ class KVCache:
     def gather(self, plan: Plan, layer: int, k_out, v_out) -> None:
         """Copy K and V of the plan's sequences into [1, tokens, ...], in plan.kv_runs()'s order."""
         slots = self._reservation(plan).all_slots
-        torch.index_select(self._k[layer], 1, slots, out=k_out)
-        torch.index_select(self._v[layer], 1, slots, out=v_out)
+        local.gather_rows(self._k[layer], slots, k_out, self._backend)
+        local.gather_rows(self._v[layer], slots, v_out, self._backend)
 
     def page_table(self, sequence) -> torch.Tensor:
         """Return the sequence's page ids on this rank, int32 [pages], in order."""

@@ -28,14 +28,22 @@ def make_state(q, headdim_v: int, sinks=None):
     return out, lse
 
 
-def clear_(out, lse) -> None:
-    """Make a state that has seen no key, in place."""
-    out.zero_()
-    lse.fill_(float("-inf"))
+class _Spans(NamedTuple):
+    """What step_torch takes beside q, k, v and the state."""
+
+    spans: list[list[int]]
+    fresh: bool
+
+
+class _Tiles(NamedTuple):
+    """What the step kernel takes."""
+
+    table: object
+    phase: str
 
 
 class _Decode(NamedTuple):
-    """What the decode kernel takes beside q, k, v and the state."""
+    """What the decode kernel takes."""
 
     tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     options: dict[str, int]
@@ -49,35 +57,36 @@ def prepare(
     *,
     rows: int,
     page_size: int | None = None,
-    every_row: bool = False,
+    fresh: bool = False,
 ):
-    """Return a table of spans as step() takes it: once for all layers.
+    """Return the work of some spans, as step() takes it: once for all layers.
 
     Args:
         spans: int64 [n, 8], columns as in types.Span.
         backend: "torch" or "triton".
         rows: of the query tensor.
         page_size: of the cache that K and V are slots of; None: they are packed.
-        every_row: whether queries that see no key need to be written too.
+        fresh: whether the state has seen no key yet. Then it need not hold anything, and all of
+            it is written.
     """
     if backend == "torch":
-        return spans.tolist()
+        return _Spans(spans.tolist(), fresh)
     if page_size and problem.batch == 1:
         table = make_decode_table(spans, rows, page_size)
         if table:
-            return _prepare_decode(table, problem, device)
+            return _prepare_decode(table, problem, device, fresh)
     from ringkern.kernels import cut, target
 
     heads = problem.nheads, problem.nheads_k, problem.headdim, problem.headdim_v
     tokens = int((spans[:, 1] - spans[:, 0]).max(initial=1))
     how = cut.choose_cut(*heads, problem.dtype, target.arch(device), tokens)
     fill = cut.tiles_to_fill(how, problem.batch, problem.nheads, _processors(device))
-    rows = rows if every_row else 0
-    table = tile_table.make_tiles(spans, how.block_q, how.block_n, rows=rows, fill=fill)
-    return cut.make_table(table, how, device)
+    whole = rows if fresh else 0  # tiles also of queries that see no key
+    table = tile_table.make_tiles(spans, how.block_q, how.block_n, rows=whole, fill=fill)
+    return _Tiles(cut.make_table(table, how, device), "first" if fresh else "middle")
 
 
-def _prepare_decode(table, problem, device) -> _Decode:
+def _prepare_decode(table, problem, device, fresh) -> _Decode:
     from ringkern.kernels.decode import choose_splits
 
     sequences = np.count_nonzero(table.seqlens)
@@ -87,7 +96,8 @@ def _prepare_decode(table, problem, device) -> _Decode:
     arrays = table.block_table, table.seqlens, table.cu_seqlens_q
     tables = tuple(torch.from_numpy(x).to(device) for x in arrays)
     longest = int(np.diff(table.cu_seqlens_q)[table.seqlens > 0].max())
-    return _Decode(tables, dict(max_seqlen_q=longest, page_size=table.page_size, num_splits=splits))
+    options = dict(max_seqlen_q=longest, page_size=table.page_size, num_splits=splits)
+    return _Decode(tables, options | dict(seeded=not fresh))
 
 
 def step(q, k, v, out, lse, work, problem: Problem) -> None:
@@ -96,19 +106,22 @@ def step(q, k, v, out, lse, work, problem: Problem) -> None:
     work: as prepare() returned it.
     """
     scores = dict(softmax_scale=problem.softmax_scale, softcap=problem.softcap)
-    if isinstance(work, list):
-        step_torch.step(q, k, v, out, lse, work, **scores)
+    if isinstance(work, _Spans):
+        if work.fresh:
+            out.zero_()
+            lse.fill_(float("-inf"))
+        step_torch.step(q, k, v, out, lse, work.spans, **scores)
         return
     scores["allow_tf32"] = _allow_tf32()
     if isinstance(work, _Decode):
         from ringkern.kernels.decode import decode
 
         packed = q[0], k[0], v[0], out[0], lse[0]
-        decode(*packed, *work.tables, **work.options, **scores, seeded=True)
+        decode(*packed, *work.tables, **work.options, **scores)
     else:
         from ringkern.kernels import step as kernel
 
-        kernel.step(q, k, v, out, lse, work, **scores)
+        kernel.step(q, k, v, out, lse, work.table, phase=work.phase, **scores)
 
 
 def attend(q, k, v, spans: np.ndarray, problem: Problem, sinks, backend: str):
@@ -125,13 +138,33 @@ def attend(q, k, v, spans: np.ndarray, problem: Problem, sinks, backend: str):
         return out.to(q.dtype), lse
     from ringkern.kernels import step as kernel
 
-    work = prepare(spans, problem, q.device, backend, rows=seqlen_q, every_row=True)
+    work = prepare(spans, problem, q.device, backend, rows=seqlen_q, fresh=True)
     out = q.new_empty(batch, seqlen_q, nheads, problem.headdim_v)
     lse = q.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
     options = dict(softmax_scale=problem.softmax_scale, softcap=problem.softcap)
     options |= dict(phase="only", result=out, sinks=sinks, allow_tf32=_allow_tf32())
-    kernel.step(q, k, v, None, lse, work, **options)
+    kernel.step(q, k, v, None, lse, work.table, **options)
     return out, lse
+
+
+def gather_rows(pool, slots, out, backend: str) -> None:
+    """Copy rows of a paged pool, [1, slots, nheads_k, headdim]: out[0, i] = pool[0, slots[i]]."""
+    if backend == "triton":
+        from ringkern.kernels import pack
+
+        pack.gather(pool[0], slots, out[0])
+    else:
+        torch.index_select(pool, 1, slots, out=out)
+
+
+def scatter_rows(x, slots, pool, backend: str) -> None:
+    """Copy rows into a paged pool, [1, slots, nheads_k, headdim]: pool[0, slots[i]] = x[0, i]."""
+    if backend == "triton":
+        from ringkern.kernels import pack
+
+        pack.scatter(x[0], slots, pool[0])
+    else:
+        pool.index_copy_(1, slots, x)
 
 
 def merge_(out, lse, part_out, part_lse) -> None:

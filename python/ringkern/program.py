@@ -17,7 +17,7 @@ class _Work(NamedTuple):
     q: torch.Tensor | None  # this rank's queries
     kv: tuple[torch.Tensor, torch.Tensor] | None  # this rank's K and V
     state: tuple[torch.Tensor, torch.Tensor] | None  # of this rank's queries
-    table: object  # of the spans, as local.prepare() returns it
+    task: object  # as local.prepare() returns it
 
 
 class _Ready(NamedTuple):
@@ -115,7 +115,7 @@ class Program:
             None if mine else blocks.q(work.q_rank),
             None if stays else blocks.kv(work.kv_rank),
             None if mine else blocks.make_part(work.q_rank),
-            local.prepare(work.spans, *where, rows=rows, page_size=page_size),
+            local.prepare(work.spans, *where, rows=rows, page_size=page_size, fresh=not mine),
         )
 
     def run(self, link, stats, q, own_kv, state) -> None:
@@ -147,9 +147,7 @@ class Program:
                 began = now()
                 k, v = work.kv or own_kv
                 out, lse = work.state or state
-                if work.state:
-                    local.clear_(out, lse)
-                local.step(q if work.q is None else work.q, k, v, out, lse, work.table, problem)
+                local.step(q if work.q is None else work.q, k, v, out, lse, work.task, problem)
                 stats.add("attend", step.index, began, now())
             if ticket:
                 began = now()
