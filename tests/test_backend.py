@@ -146,8 +146,26 @@ def test_the_cpu_needs_the_interpreter_and_it_no_bfloat16(monkeypatch):
         ringkern.attn_func(q, q, q, backend="triton")
     backend.why_not_triton.cache_clear()
     monkeypatch.setattr(target, "INTERPRET", False)
-    with pytest.raises(UnsupportedError, match='CUDA device, got cpu. Use backend="torch"'):
+    with pytest.raises(UnsupportedError, match='CUDA device, got cpu. Use "torch"'):
         ringkern.attn_func(q.float(), q.float(), q.float(), backend="triton")
+
+
+@pytest.mark.skipif(ON_GPU, reason="is about machines without a GPU")
+def test_a_ring_refuses_before_it_stores(monkeypatch):
+    monkeypatch.setenv("RINGKERN_BACKEND", "triton")
+    with ringkern.init_ring(ringkern.LocalGroup(1)[0], transport="local") as ring:
+        placement = ringkern.Placement(1)
+        sizes = dict(num_layers=1, nheads_k=1, headdim=16, num_pages=4)
+        cache = ringkern.KVCache(ring, placement, **sizes, dtype=torch.bfloat16)
+        x = torch.zeros(3, 1, 16, dtype=torch.bfloat16)
+        plan = placement.prefill({"a": 3})
+        with pytest.raises(UnsupportedError, match="interpreter computes bfloat16 wrongly"):
+            ring.attn(x, x, x, plan, cache=cache)
+        with pytest.raises(UnsupportedError, match="interpreter computes bfloat16 wrongly"):
+            ringkern.ring_attn_func(x[None], x[None], x[None], ring=ring)
+        assert cache.stats()["tokens"] == 0
+        monkeypatch.setenv("RINGKERN_BACKEND", "torch")
+        assert ring.attn(x, x, x, plan, cache=cache).shape == (3, 1, 16)
 
 
 def test_a_missing_or_old_triton_is_named(monkeypatch):

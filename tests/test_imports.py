@@ -42,7 +42,7 @@ ALLOWED = {
     "program": {"blocks", "local", "plan", "types"},
     "blocks": {"cost", "plan", "types"},
     "cache": {"backend", "errors", "local", "pages", "placement", "plan", "problem"},
-    "calibrate": {"backend", "local", "tiles", "profile", "types"},
+    "calibrate": {"local", "tiles", "profile", "types"},
     "ring": {
         "errors",
         "env",

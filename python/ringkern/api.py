@@ -163,6 +163,7 @@ def ring_attn_func(
         check_method(method)
         check_dims(q, k, v, 4, "[batch, seqlen_local, heads, headdim]")
         problem = make_problem(q, k, v, **asked, device=ring.device)
+        ring.backend(problem)
         want = f"seqlen_local {q.shape[1]}, as q"
         check(k.shape[1] == q.shape[1], "k", want, tuple(k.shape))
         return problem

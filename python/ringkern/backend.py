@@ -30,7 +30,8 @@ def pick_backend(asked: str, device: torch.device, problem: Problem | None = Non
     check(asked in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", repr(asked))
     asked = env.backend() if asked == "auto" else asked
     if asked == "hopper":
-        raise UnsupportedError('backend "hopper": this version has no such kernels. Use "triton".')
+        hint = 'Use "torch", or "triton" on a GPU.'
+        raise UnsupportedError(f'backend "hopper": this version has no such kernels. {hint}')
     if device.type not in ("cpu", "cuda"):
         raise UnsupportedError(f"attention on {device.type}: want tensors on the CPU or on CUDA.")
     if asked == "torch" or (asked == "auto" and device.type == "cpu"):
@@ -53,15 +54,15 @@ def why_not_triton(device: torch.device, headdim: int, dtype: str) -> str:
     except ImportError as error:  # triton is missing or too old
         return f"{error}."
     if headdim > MAX_HEADDIM:
-        return f'want a headdim of at most {MAX_HEADDIM}, got {headdim}. Use backend="torch".'
+        return f'want a headdim of at most {MAX_HEADDIM}, got {headdim}. Use "torch".'
     if target.INTERPRET:
         wrong = dtype == "bfloat16"
         return "Triton's interpreter computes bfloat16 wrongly. Use float32." if wrong else ""
     if device.type != "cuda":
-        return f'want tensors on a CUDA device, got {device}. Use backend="torch".'
+        return f'want tensors on a CUDA device, got {device}. Use "torch".'
     if torch.cuda.get_device_capability(device) < OLDEST_GPU:
         got = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        return f'want compute capability 8.0 or later, got {got}. Use backend="torch".'
+        return f'want compute capability 8.0 or later, got {got}. Use "torch".'
     return ""
 
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 
 from ringkern import local, tiles
-from ringkern.backend import pick_backend
 from ringkern.profile import load
 from ringkern.types import Hardware, Problem
 
@@ -93,8 +92,7 @@ def _attention(ring, rows, keys, problem):
     pool = itertools.cycle(torch.ones(layers, sum(sizes), dtype=dtype).split(1))
     run = torch.tensor([[0, 0, 0, rows, 1]]).numpy(), torch.tensor([[0, 0, 0, keys, 1]]).numpy()
     spans = tiles.make_spans(*run, tiles.UNBOUNDED, tiles.UNBOUNDED)
-    backend = pick_backend("auto", ring.device, problem)
-    work = local.prepare(spans, problem, ring.device, backend, rows=rows)
+    work = local.prepare(spans, problem, ring.device, ring.backend(problem), rows=rows)
     state = local.make_state(q, problem.headdim_v)
 
     def attend():

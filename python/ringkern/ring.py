@@ -143,6 +143,7 @@ class Ring(Collectives):
             check_dims(q, k, v, 3, "packed, [n_local, heads, headdim]")
             asked = dict(zip(names, mask, strict=True))
             problem = make_problem(q, k, v, **asked, sinks=sinks, device=self.device)
+            self.backend(problem)
             want = f"{plan.num_tokens(self.rank)} rows, rank {self.rank}'s share of the plan"
             for name, x in (("q", q), ("k", k)):
                 check(len(x) == plan.num_tokens(self.rank), name, want, tuple(x.shape))
@@ -206,10 +207,9 @@ class Ring(Collectives):
         if program is None:
             schedule = self._schedule(plan, method, problem, cache)
             sizes = plan, problem, self.rank, dtype, self.device, partial_dtype
-            backend = pick_backend("auto", self.device, problem)
-            program = self._programs[key] = Program(
-                schedule, *sizes, self._pool, backend, getattr(cache, "page_size", None)
-            )
+            page_size = getattr(cache, "page_size", None)
+            program = Program(schedule, *sizes, self._pool, self.backend(problem), page_size)
+            self._programs[key] = program
         return program
 
     def choose(
@@ -270,6 +270,10 @@ class Ring(Collectives):
             mask = problem.causal, problem.window_size
             plan.memo[key] = make_schedule(plan, self.rank, method, *mask, own)
         return plan.memo[key]
+
+    def backend(self, problem: Problem) -> str:
+        """Return what computes such a problem here: "triton" or "torch"; raise if nothing can."""
+        return pick_backend("auto", self.device, problem)
 
     def check_open(self) -> None:
         """Raise unless calls can be made."""
