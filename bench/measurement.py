@@ -13,6 +13,7 @@ class Measurement:
     max_err: float = 0.0
     details: list[dict[str, float]] = field(default_factory=list)  # by repetition
     peak_mem_bytes: int | None = None
+    facts: dict = field(default_factory=dict)  # fields of the record that only measuring told
 
     def add(self, finding: dict) -> None:
         """Take up what check() of an operation found: ok, max_err, and details."""

@@ -24,7 +24,14 @@ def nothing(case) -> None:
     """The flops or bytes_sent of an operation that has none."""
 
 
-def measure(session, case) -> dict[str, Measurement]:
+def timed(call, *args) -> float:
+    """Return the seconds that call(*args) takes."""
+    start = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - start
+
+
+def measure(session, case, timed=timed) -> dict[str, Measurement]:
     """Return what this rank measures of each implementation of the case, interleaved.
 
     Every repetition runs all implementations, each on the same inputs after a barrier, and checks
@@ -46,10 +53,3 @@ def measure(session, case) -> dict[str, Measurement]:
                 found[impl].add(finding)
     session.barrier()
     return found
-
-
-def timed(call, *args) -> float:
-    """Return the seconds that call(*args) takes."""
-    start = time.perf_counter()
-    call(*args)
-    return time.perf_counter() - start

@@ -113,13 +113,20 @@ def captions(records: list[tuple[str, dict]]) -> list[str]:
     """Return one line for each machine, version and day that the records are of."""
     lines = {}
     for file, one in records:
-        on, versions = one["machine"], one["versions"]
+        versions = one["versions"]
         lines[
-            f"{on['cpu']}, {on['cores']} cores, {_network(one)}; "
-            f"ringkern {versions['ringkern']}, torch {versions['torch']}; {one['time_utc'][:10]}; "
+            f"{_where(one)}; ringkern {versions['ringkern']}, torch {versions['torch']}; "
+            f"{one['time_utc'][:10]}; "
             f"records: `bench/results/{file}`."
         ] = None
     return list(lines)
+
+
+def _where(one: dict) -> str:
+    on = one["machine"]
+    if "gpu" in on:
+        return f"{on['gpu']}, driver {on.get('driver_version', 'unknown')}"
+    return f"{on['cpu']}, {on['cores']} cores, {_network(one)}"
 
 
 def _network(one: dict) -> str:

@@ -11,7 +11,7 @@ import sys
 from ringkern.errors import ArgumentError
 from ringkern.launch import launch
 
-from bench import cases, links, machine, record, summary
+from bench import cases, gpu, links, machine, record, summary
 from bench.measurement import combine
 from bench.session import Session
 
@@ -47,6 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     return Run(args).run(chosen)
 
 
+def why_not(case: cases.Case, quick: bool) -> str | None:
+    """Return why a case cannot run on this machine; None where it can."""
+    if case.link_mbit:
+        return links.why_not()
+    return gpu.why_not(quick) if case.on_gpu else None
+
+
 def run_rank(worker, chosen: list[cases.Case], shaped: links.Links | None, quick: bool) -> None:
     """Measure cases on this rank, and say what each measured as soon as it is done."""
     if shaped:
@@ -72,15 +79,14 @@ class Run:
             "host": machine.host(),
             "note": args.note,
         }
-        file = f"{machine.name()}-{now:%Y-%m-%d}.jsonl"
-        self.out = None if args.quick else args.out or RESULTS / file
+        self.day = f"{now:%Y-%m-%d}"
         self.failed = 0
 
     def run(self, chosen: list[cases.Case]) -> int:
         """Run the cases; return 1 if any failed."""
         chosen = [cases.tiny(case) for case in chosen] if self.args.quick else chosen
         for batch in self._batches(chosen):
-            reason = links.why_not() if batch[0].link_mbit else None
+            reason = why_not(batch[0], self.args.quick)
             if reason:
                 for case in batch:
                     print(f"SKIPPED {case.id}: {reason}", file=sys.stderr, flush=True)
@@ -98,7 +104,7 @@ class Run:
         together: dict[tuple, list] = {}
         for case in chosen:
             alone = None if self.args.quick else case.session or case.id
-            key = case.in_ranks, case.world_size, case.link_mbit, alone
+            key = case.in_ranks, case.world_size, case.link_mbit, case.on_gpu, alone
             together.setdefault(key, []).append(case)
         return list(together.values())
 
@@ -137,9 +143,14 @@ class Run:
             self._fail(case.id, "; ".join(faults))
         elif not all(one["ok"] for one in records):
             self._fail(case.id, "a result is wrong")
-        elif self.out:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            record.append(self.out, records)
+        elif not self.args.quick:
+            out = self.args.out or RESULTS / self._file_name(case)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            record.append(out, records)
+
+    def _file_name(self, case) -> str:
+        name = gpu.name() if case.on_gpu else machine.name()
+        return f"{name}-{self.day}.jsonl"
 
     def _fail(self, what: str, why: str) -> None:
         self.failed += 1

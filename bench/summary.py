@@ -10,8 +10,12 @@ from bench.measurement import Measurement, detail
 
 
 def make_records(case, found: dict[str, Measurement], facts: dict) -> list[dict]:
-    """Return one record per implementation of a case. facts: fields that the run knows."""
-    records = [_make_record(case, impl, found[impl], facts) for impl in case.impls]
+    """Return one record per implementation of a case, of those that could be measured.
+
+    facts: fields that the run knows.
+    """
+    impls = [impl for impl in case.impls if impl in found]
+    records = [_make_record(case, impl, found[impl], facts) for impl in impls]
     peer = next((one for one in records if one["impl"] == case.peer), None)
     for one in records:
         if peer and one is not peer:
@@ -60,7 +64,10 @@ def _make_record(case, impl: str, found: Measurement, facts: dict) -> dict:
         "cmd": f"python -m bench.run {case.id}",
         "time_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    return {name: (values | facts).get(name) for name in record.FIELDS}
+    values |= facts
+    for name, fact in found.facts.items():
+        values[name] = values[name] | fact if isinstance(fact, dict) else fact
+    return {name: values.get(name) for name in record.FIELDS}
 
 
 def _setting(case, impl: str) -> dict:
@@ -104,6 +111,8 @@ def line(one: dict) -> str:
         words.append(f"{one['busbw_gb_s']:.3g} GB/s")
     if one["exposed_comm"] is not None:
         words.append(f"exposed {one['exposed_comm']:.2%}")
+    if "over_floor" in one["detail"]:
+        words.append(f"{1 / one['detail']['over_floor']:.1%} of {one['detail']['bound']}")
     if one["peak_mem_bytes"] is not None:
         words.append(f"peak {one['peak_mem_bytes'] / 1e6:.1f} MB")
     if one["ratio"] is not None:

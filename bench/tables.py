@@ -218,6 +218,44 @@ def host(records: list[dict]) -> list[str]:
     return _table(rows)
 
 
+def kernels(records: list[dict]) -> list[str]:
+    """Kernels on a GPU against what the card does at best, and others' in the same run."""
+    rows = [["case", "kernel", "p50", "rate", "of the ceiling", "asked for", "others' rate"]]
+    for one in records:
+        if not one["impl"].startswith("ringkern"):
+            continue
+        others = [r for r in records if r["case"] == one["case"] and r is not one]
+        rows.append(
+            [
+                one["case"].removeprefix("gpu/"),
+                one["impl"].partition("+")[2] or one["op"],
+                _time(one["time_us"]["p50"]),
+                _gpu_rate(one),
+                f"{1 / one['detail']['over_floor']:.0%} of {one['detail']['bound']}",
+                _asked_of_kernel(one),
+                ", ".join(
+                    [f"{r['impl']} {_gpu_rate(r)}" for r in others]
+                    + [f"{impl}: {why}" for impl, why in one["detail"].get("absent", {}).items()]
+                ),
+            ]
+        )
+    return _table(rows)
+
+
+def _gpu_rate(one: dict) -> str:
+    if one["detail"]["bound"] == "matmul":
+        return f"{one['tflops']:.0f} TFLOP/s"
+    return f"{one['detail']['gb_s']:.0f} GB/s"
+
+
+def _asked_of_kernel(one: dict) -> str:
+    words = []
+    for name, most in one["targets"].items():
+        most = f"{most:.2f} x {one['peer']}" if name == "ratio" else f"{1 / most:.0%}"
+        words.append(most)
+    return ", ".join(words) + _verdict(one)
+
+
 # name -> (what the ids of its cases begin with, the function that makes it)
 TABLES = {
     "transport": ("exchange/", transport),
@@ -231,6 +269,7 @@ TABLES = {
     "order": ("order/", order),
     "decode": ("decode/", decode),
     "host": ("host/", host),
+    "kernels": ("gpu/", kernels),
 }
 
 

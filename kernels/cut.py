@@ -36,17 +36,19 @@ class Table(NamedTuple):
 
 
 def choose_cut(
-    nheads: int, nheads_k: int, headdim: int, headdim_v: int, dtype: str, arch: int, tokens: int
-) -> Cut:
+    nheads: int, nheads_k: int, headdim: int, headdim_v: int, dtype: str, arch: int, tokens: int,
+    phase: str = "*",
+) -> Cut:  # fmt: skip
     """Return how to cut steps whose runs of queries have up to `tokens` rows.
 
-    dtype as configs.pick() takes it. Few tokens: the heads of a group share a tile, so that K and V
-    are read once for all of them, and the tile gets no more rows than it needs.
+    dtype and phase as configs.pick() takes them; "*" is right for any. Few tokens: the heads of a
+    group share a tile, so that K and V are read once for all of them, and the tile gets no more
+    rows than it needs.
 
     Raises:
         ValueError: no configuration has this headdim or dtype.
     """
-    config = configs.pick("step", arch, headdim, headdim_v, dtype)
+    config = configs.pick("step", arch, headdim, headdim_v, dtype, phase)
     block_m, group = config.block_m, nheads // nheads_k
     apart = tokens / (triton.cdiv(tokens, block_m) * block_m)
     packed = 0.0

@@ -7,16 +7,17 @@ and the order of the sum depend on num_splits and the sequence's own length alon
 whatever else is in the batch.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from ringkern.kernels import configs, merge
-from ringkern.kernels.step import _finish, _fold, _load, _seed
+from ringkern.kernels.softmax import finish, fold, load, scales, start
+from ringkern.kernels.target import MAX_PROGRAMS, MAX_ROWS, check, check_tensors, dtype_name
 from ringkern.kernels.target import arch as arch_of
-from ringkern.kernels.target import check, check_tensors, dtype_name
 from ringkern.kernels.variant import Variant
 
-LOG2E = 1.4426950408889634
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FEWEST_ROWS = 16  # of a tile: what a matrix instruction takes
 KEYS_PER_SPLIT = 256  # at least; fewer cost more to start and merge than they save
@@ -61,9 +62,9 @@ def _decode(
     d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
     out_at = out + split.to(tl.int64) * out_part + token * out_row + head * out_head
     lse_at = lse + split.to(tl.int64) * lse_part + token * lse_row + head * lse_head
-    acc, top, mass = _seed(out_at, lse_at, None, inside, dv, HEADDIM_V, SEED, BLOCK_M, BLOCK_DV)
+    acc, top, mass = start(out_at, lse_at, None, inside, dv, HEADDIM_V, SEED, BLOCK_M, BLOCK_DV)
     q_at = (q + token * q_row + head * q_head)[:, None] + d[None, :]
-    q_tile = _load(q_at, inside[:, None] & (d < HEADDIM)[None, :], True)  # [BLOCK_M, BLOCK_D]
+    q_tile = load(q_at, inside[:, None] & (d < HEADDIM)[None, :], True)  # [BLOCK_M, BLOCK_D]
 
     if limits is not None:
         limit = tl.load(limits + token, mask=inside, other=0)  # [BLOCK_M]
@@ -77,17 +78,15 @@ def _decode(
         slot = page.to(tl.int64) * PAGE_SIZE + key % PAGE_SIZE
         there_k = there[None, :] & (d < HEADDIM)[:, None]
         there_v = there[:, None] & (dv < HEADDIM_V)[None, :]
-        kt = _load(kt_at + slot[None, :] * k_slot, there_k, True)  # [BLOCK_D, BLOCK_N]
-        v_tile = _load(v_at + slot[:, None] * v_slot, there_v, True)  # [BLOCK_N, BLOCK_DV]
+        kt = load(kt_at + slot[None, :] * k_slot, there_k, True)  # [BLOCK_D, BLOCK_N]
+        v_tile = load(v_at + slot[:, None] * v_slot, there_v, True)  # [BLOCK_N, BLOCK_DV]
         visible = there[None, :]
         if limits is not None:
             visible = visible & (key[None, :] < limit[:, None])
-        acc, top, mass = _fold(
+        acc, top, mass = fold(
             acc, top, mass, q_tile, kt, v_tile, visible, scale2, cap2, True, SOFTCAP, PRECISION
         )
-    # Warps share rows: nobody writes the state before all have read it.
-    tl.debug_barrier()
-    _finish(acc, top, mass, out_at, lse_at, lse_at, inside, dv, HEADDIM_V, SEED)
+    finish(acc, top, mass, out_at, lse_at, lse_at, inside, dv, HEADDIM_V, SEED)
 
 
 def decode(
@@ -123,12 +122,7 @@ def decode(
         ValueError: shapes, dtypes, strides, devices or numbers do not fit.
     """
     _check(q, k, v, out, lse, block_table, seqlens, cu_seqlens_q, limits, seeded)
-    for name, number in (
-        ("max_seqlen_q", max_seqlen_q), ("page_size", page_size), ("num_splits", num_splits)
-    ):  # fmt: skip
-        check(number >= 1, name, "1 or more", number)
-    check(num_splits <= 65535, "num_splits", "at most 65535", num_splits)
-    check(softcap >= 0, "softcap", "0, which is none, or more", softcap)
+    _check_numbers(max_seqlen_q, page_size, num_splits, softmax_scale, softcap)
     if not lse.numel():
         return
     (total_q, nheads, headdim), (_, nheads_k, headdim_v) = q.shape, v.shape
@@ -137,15 +131,18 @@ def decode(
         parts = q.new_empty(num_splits, total_q, nheads, headdim_v, dtype=torch.float32)
         lses = q.new_empty(num_splits, nheads, total_q, dtype=torch.float32)
     group = nheads // nheads_k
-    blocks, config = _blocks(
-        arch_of(q.device), headdim, headdim_v, dtype_name(q), group * max_seqlen_q
-    )
-    tiles = triton.cdiv(group * max_seqlen_q, blocks["BLOCK_M"])
+    rows, keys = group * max_seqlen_q, block_table.shape[1] * page_size
+    blocks, config = _blocks(arch_of(q.device), headdim, headdim_v, dtype_name(q), rows)
+    tiles = triton.cdiv(rows, blocks["BLOCK_M"])
     grid = len(seqlens) * tiles * nheads_k, num_splits
+    check(rows <= MAX_ROWS, "max_seqlen_q", f"at most {MAX_ROWS // group}", max_seqlen_q)
+    most = MAX_ROWS - num_splits * config.block_n
+    check(keys <= most, "block_table", f"pages of at most {most} tokens", keys)
+    check(grid[0] <= MAX_PROGRAMS, "q", f"at most {MAX_PROGRAMS} tiles times heads", grid[0])
     with torch.cuda.device_of(q):
         _decode[grid](
             q, k, v, parts, lses, block_table, seqlens, cu_seqlens_q, limits,
-            *_scales(softmax_scale, softcap), tiles, nheads_k,
+            *scales(softmax_scale, softcap), tiles, nheads_k,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], block_table.stride(0),
             *parts.stride()[:3], *lses.stride(),
             HEADDIM=headdim, HEADDIM_V=headdim_v, **blocks, GROUP=group, PAGE_SIZE=page_size,
@@ -194,11 +191,14 @@ def _check(q, k, v, out, lse, block_table, seqlens, cu_seqlens_q, limits, seeded
         check(fits, name, "a last stride of 1", x.stride(-1))
 
 
-def _scales(softmax_scale, softcap):
-    """Return (scale2, cap2) as _fold() takes them."""
-    if softcap:
-        return 2 * softmax_scale / softcap * LOG2E, softcap * LOG2E
-    return softmax_scale * LOG2E, 0.0
+def _check_numbers(max_seqlen_q, page_size, num_splits, softmax_scale, softcap):
+    for name, number in (
+        ("max_seqlen_q", max_seqlen_q), ("page_size", page_size), ("num_splits", num_splits)
+    ):  # fmt: skip
+        check(number >= 1, name, "1 or more", number)
+    check(num_splits <= 65535, "num_splits", "at most 65535", num_splits)
+    check(math.isfinite(softmax_scale), "softmax_scale", "a finite number", softmax_scale)
+    check(0 <= softcap < math.inf, "softcap", "0, which is none, or more", softcap)
 
 
 def _blocks(arch, headdim, headdim_v, dtype, rows):

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 from ringkern.kernels import configs
+from ringkern.kernels.target import MAX_PROGRAMS, check, check_tensors, dtype_name
 from ringkern.kernels.target import arch as arch_of
-from ringkern.kernels.target import check, check_tensors, dtype_name
 from ringkern.kernels.variant import Variant
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -136,8 +136,10 @@ def merge_into(outs, lses, out, lse, *, seeded: bool = False) -> None:
         return
     blocks, num_warps = _blocks(parts, headdim, arch_of(out.device), dtype_name(outs))
     tiles = triton.cdiv(tokens, blocks["BLOCK_T"])
+    programs = batch * tiles * nheads
+    check(programs <= MAX_PROGRAMS, "outs", f"at most {MAX_PROGRAMS} tiles", programs)
     with torch.cuda.device_of(out):
-        _merge[(batch * tiles * nheads,)](
+        _merge[(programs,)](
             outs, lses, out, lse, parts, tokens, nheads, tiles,
             *outs.stride()[:-1], *lses.stride(), *out.stride()[:-1], *lse.stride(),
             HEADDIM=headdim, **blocks, SEEDED=seeded, num_warps=num_warps,
@@ -176,6 +178,7 @@ def variants(arch: int) -> list[Variant]:
         _variant(arch, "float32-d128-in-place", "float32", 128, parts=1, seeded=True),
         _variant(arch, "bfloat16-d128-in-place", "bfloat16", 128, parts=1, seeded=True),
         _variant(arch, "bfloat16-d128-2-parts", "bfloat16", 128, parts=2),
+        _variant(arch, "bfloat16-d256-2-parts", "bfloat16", 256, parts=2),
         _variant(arch, "float16-d64-8-parts", "float16", 64, parts=8),
         _variant(arch, "float32-d80-16-parts", "float32", 80, parts=16, out="bfloat16"),
         _variant(arch, "float32-d128-64-parts", "float32", 128, parts=64, out="bfloat16"),

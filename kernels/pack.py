@@ -27,7 +27,7 @@ def _copy_rows(
     VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     # Sizes and strides come in vectors of VECTOR words, so the compiler sees how they are aligned.
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     word = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     slot = tl.load(slots + row, mask=row < rows, other=-1)  # [BLOCK_R]
     box = ((slot >= 0) & (slot < num_slots))[:, None] & (word < vectors * VECTOR)[None, :]

@@ -14,92 +14,15 @@ import triton.language as tl
 from ringkern.kernels import target
 from ringkern.kernels.cut import Table, choose_cut
 from ringkern.kernels.merge import merge_into
+from ringkern.kernels.softmax import finish, fold, load, scales, start
 from ringkern.kernels.target import check
 from ringkern.kernels.variant import Variant
 
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2))
-# The interpreter multiplies bfloat16 as integers: there, products are of float32.
-INTERPRET = tl.constexpr(target.INTERPRET)
 TILE = tl.constexpr(5)  # columns of a row of tiles
 PIECE = tl.constexpr(6)  # and of pieces
+LAST = tl.constexpr((1 << 31) - 1)  # beyond any position
 PHASES = ("first", "middle", "last", "only")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@triton.jit
-def _load(at, inside, MASKED: tl.constexpr):
-    x = tl.load(at, mask=inside, other=0.0) if MASKED else tl.load(at)
-    return x.to(tl.float32) if INTERPRET else x
-
-
-@triton.jit
-def _seed(
-    out_at, lse_at, sink_at, inside, dv, HEADDIM_V: tl.constexpr, SEED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """Return (acc, top, mass): the weighted sum of values, the largest score, the sum of weights.
-
-    A state stands for one key of weight 1 whose score is its lse and whose value is its out, a sink
-    for one whose value is 0. Before any key: (0, -inf, 0), whatever the state's out holds.
-    """
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    if SEED == "state":
-        top = tl.load(lse_at, mask=inside, other=float("-inf")) * LOG2E  # [BLOCK_M]
-        there = inside[:, None] & (dv < HEADDIM_V)[None, :]
-        acc = tl.load(out_at[:, None] + dv[None, :], mask=there, other=0.0)  # [BLOCK_M, BLOCK_DV]
-        acc = tl.where((top == float("-inf"))[:, None], 0.0, acc)
-    if SEED == "sinks":
-        top = tl.load(sink_at, mask=inside, other=float("-inf")).to(tl.float32) * LOG2E  # [BLOCK_M]
-    return acc, top, tl.where(top == float("-inf"), 0.0, 1.0)
-
-
-@triton.jit
-def _fold(
-    acc, top, mass, q, kt, v, visible, scale2, cap2,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add one block of keys.
-
-    q [BLOCK_M, BLOCK_D], kt [BLOCK_D, BLOCK_N], v [BLOCK_N, BLOCK_DV], visible [BLOCK_M, BLOCK_N].
-    """
-    s = tl.dot(q, kt, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N] float32
-    if SOFTCAP:  # cap2 * tanh(x), where 2 ** (s * scale2) = exp(2 * x)
-        s = cap2 - 2.0 * cap2 / (1.0 + tl.exp2(s * scale2))
-    elif MASKED:
-        s *= scale2
-    if MASKED:
-        s = tl.where(visible, s, float("-inf"))
-    if MASKED or SOFTCAP:
-        higher = tl.maximum(top, tl.max(s, 1))
-        # A row that has seen nothing yet: -inf - 0, where -inf + inf would be NaN.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(s - base[:, None])
-    else:  # the same, with scale and shift in one multiply-add per score
-        higher = tl.maximum(top, tl.max(s, 1) * scale2)
-        base = higher
-        p = tl.exp2(s * scale2 - base[:, None])
-    kept = tl.exp2(top - base)
-    acc = tl.dot(p.to(v.dtype), v, acc * kept[:, None], input_precision=PRECISION)
-    return acc, higher, mass * kept + tl.sum(p, 1)
-
-
-@triton.jit
-def _finish(
-    acc, top, mass, result_at, result_lse_at, lse_at, inside, dv, HEADDIM_V: tl.constexpr,
-    SEED: tl.constexpr,
-):  # fmt: skip
-    """Write the normalised out and its lse: (0, -inf) for a row that saw no key."""
-    mass = tl.where(mass == 0.0, 1.0, mass)
-    lse = (top + tl.log2(mass)) * LN2
-    if SEED == "state":  # to base 2 and back may change the last bit: not of rows that saw nothing
-        before = tl.load(lse_at, mask=inside, other=float("-inf"))
-        lse = tl.where((top == before * LOG2E) & (mass == 1.0), before, lse)
-    out = acc * tl.where(mass == 1.0, 1.0, 1.0 / mass)[:, None]
-    there = inside[:, None] & (dv < HEADDIM_V)[None, :]
-    tl.store(result_at[:, None] + dv[None, :], out.to(result_at.dtype.element_ty), mask=there)
-    tl.store(result_lse_at, lse, mask=inside)
 
 
 @triton.jit
@@ -143,11 +66,11 @@ def _step(
     seeded = inside & (part == 0)
     out_at = out + batch * out_batch + row * out_row + head * out_head
     lse_at = lse + batch * lse_batch + row * lse_row + head * lse_head
-    acc, top, mass = _seed(
+    acc, top, mass = start(
         out_at, lse_at, sinks + head, seeded, dv, HEADDIM_V, SEED, BLOCK_M, BLOCK_DV
     )
     q_at = q + batch * q_batch + row * q_row + head * q_head
-    q_tile = _load(q_at[:, None] + d[None, :], inside[:, None] & (d < HEADDIM)[None, :], True)
+    q_tile = load(q_at[:, None] + d[None, :], inside[:, None] & (d < HEADDIM)[None, :], True)
     if NEGATE:  # scale2 is positive, so that the largest product is the largest score
         q_tile = -q_tile
 
@@ -158,24 +81,25 @@ def _step(
     for piece in range(begin, middle):
         k0, k1 = tl.load(pieces + piece * PIECE), tl.load(pieces + piece * PIECE + 1)
         for j in tl.range(k0, k1, BLOCK_N):
-            kt = _load(kt_at + j * k_row, (d < HEADDIM)[:, None], HEADDIM < BLOCK_D)
-            v_tile = _load(v_at + j * v_row, (dv < HEADDIM_V)[None, :], HEADDIM_V < BLOCK_DV)
-            acc, top, mass = _fold(
+            kt = load(kt_at + j * k_row, (d < HEADDIM)[:, None], HEADDIM < BLOCK_D)
+            v_tile = load(v_at + j * v_row, (dv < HEADDIM_V)[None, :], HEADDIM_V < BLOCK_DV)
+            acc, top, mass = fold(
                 acc, top, mass, q_tile, kt, v_tile, None, scale2, cap2, False, SOFTCAP, PRECISION
             )
     # Keys under a mask: token t sees key k0 + i iff lo <= i * k_stride - t * q_stride <= hi.
     for piece in range(middle, end):
         k0, k1 = tl.load(pieces + piece * PIECE), tl.load(pieces + piece * PIECE + 1)
-        lo, hi = tl.load(pieces + piece * PIECE + 2), tl.load(pieces + piece * PIECE + 3)
         behind = token * tl.load(pieces + piece * PIECE + 4)  # [BLOCK_M]
+        low = tl.load(pieces + piece * PIECE + 2) + behind
+        high = tl.minimum(tl.load(pieces + piece * PIECE + 3), -behind + LAST) + behind
         k_stride = tl.load(pieces + piece * PIECE + 5)
         for j in tl.range(k0, k1, BLOCK_N):
             there = j + n < k1  # [BLOCK_N]
-            kt = _load(kt_at + j * k_row, there[None, :] & (d < HEADDIM)[:, None], True)
-            v_tile = _load(v_at + j * v_row, there[:, None] & (dv < HEADDIM_V)[None, :], True)
-            ahead = ((j - k0 + n) * k_stride)[None, :] - behind[:, None]  # [BLOCK_M, BLOCK_N]
-            visible = (ahead >= lo) & (ahead <= hi) & there[None, :]
-            acc, top, mass = _fold(
+            kt = load(kt_at + j * k_row, there[None, :] & (d < HEADDIM)[:, None], True)
+            v_tile = load(v_at + j * v_row, there[:, None] & (dv < HEADDIM_V)[None, :], True)
+            ahead = tl.where(there, (j - k0 + n) * k_stride, -LAST)[None, :]
+            visible = (ahead >= low[:, None]) & (ahead <= high[:, None])  # [BLOCK_M, BLOCK_N]
+            acc, top, mass = fold(
                 acc, top, mass, q_tile, kt, v_tile, visible, scale2, cap2, True, SOFTCAP, PRECISION
             )
 
@@ -184,7 +108,7 @@ def _step(
     result_at += row * result_row + head * result_head  # [BLOCK_M]
     result_lse_at = result_lse + part * result_lse_part + batch * result_lse_batch
     result_lse_at += row * result_lse_row + head * result_lse_head  # [BLOCK_M]
-    _finish(acc, top, mass, result_at, result_lse_at, lse_at, inside, dv, HEADDIM_V, SEED)
+    finish(acc, top, mass, result_at, result_lse_at, lse_at, inside, dv, HEADDIM_V, SEED)
 
 
 def step(
@@ -213,10 +137,10 @@ def step(
         ValueError: an argument does not fit; nothing was computed.
     """
     written = out if phase in ("first", "middle") else result
-    _check(q, k, v, out, lse, table, softcap, phase, written, sinks)
+    _check(q, k, v, out, lse, table, softmax_scale, softcap, phase, written, sinks)
     if not (len(table.tiles) and q.shape[0] and q.shape[2]):
         return
-    seed = "state" if phase in ("middle", "last") else "none" if sinks is None else "sinks"
+    seed = _seed(phase, sinks is not None)
     out, sinks = written if out is None else out, lse if sinks is None else sinks
     inputs = (q, k, v, out, lse, sinks, table, softmax_scale, softcap, allow_tf32)
     with torch.cuda.device_of(q):
@@ -233,17 +157,20 @@ def step(
         merge_into(parts, lses, written[:, first:last], lse[:, :, first:last], seeded=middle)
 
 
+def _seed(phase, sinks):
+    """Return what a tile starts from."""
+    return "state" if phase in ("middle", "last") else "sinks" if sinks else "none"
+
+
 def _launch(
     q, k, v, out, lse, sinks, table, softmax_scale, softcap, allow_tf32, result, result_lse, row0,
     seed,
 ):  # fmt: skip
-    cut, scale2, cap2 = table.cut, abs(softmax_scale) * LOG2E.value, softcap * LOG2E.value
-    if softcap:
-        scale2 *= 2 / softcap
+    cut = table.cut
     grid = len(table.tiles), q.shape[2] // cut.group, q.shape[0]
     _step[grid](
         q, k, v, out, lse, result, result_lse, sinks, table.tiles, table.pieces, table.splits, row0,
-        scale2, cap2, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        *scales(abs(softmax_scale), softcap), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         *lse.stride(), *result.stride()[:4], *result_lse.stride(),
         **_constexprs(
             cut, q.shape[2] // k.shape[2], q.shape[3], v.shape[3], seed, table.splits > 1,
@@ -262,19 +189,22 @@ def _constexprs(cut, group, headdim, headdim_v, seed, split, softcap, negate, pr
     )  # fmt: skip
 
 
-def _check(q, k, v, out, lse, table, softcap, phase, written, sinks):
+def _check(q, k, v, out, lse, table, softmax_scale, softcap, phase, written, sinks):
     check(phase in PHASES, "phase", f"one of {', '.join(PHASES)}", repr(phase))
-    tensors = dict(q=q, k=k, v=v, lse=lse, table=table.tiles)
+    tensors = dict(q=q, k=k, v=v, lse=lse, table=table.tiles, pieces=table.pieces)
     check(written is not None, "result" if phase in ("last", "only") else "out", "a tensor", None)
     tensors["result" if written is not out else "out"] = written
     if phase == "last":
         check(out is not None, "out", "a state", None)
     if out is not None:
         tensors["out"] = out
+    if sinks is not None:
+        tensors["sinks"] = sinks
     target.check_tensors(**tensors)
     target.check_tensors(DTYPES, q=q)
     target.check_tensors((q.dtype,), k=k, v=v)
     target.check_tensors((torch.float32,), lse=lse)
+    target.check_tensors((torch.int32,), table=table.tiles, pieces=table.pieces)
     for name, x in (("q", q), ("k", k), ("v", v)):
         check(x.dim() == 4, name, "[batch, seqlen, heads, headdim]", tuple(x.shape))
     batch, seqlen_q, nheads, headdim = q.shape
@@ -284,6 +214,8 @@ def _check(q, k, v, out, lse, table, softcap, phase, written, sinks):
     check(
         batch < 1 << 16 and nheads < 1 << 16, "q", "batch and nheads below 65536", (batch, nheads)
     )
+    longest = max(seqlen_q, seqlen_k)
+    check(longest <= target.MAX_ROWS, "seqlen", f"at most {target.MAX_ROWS}", longest)
     check(nheads_k > 0 and nheads % nheads_k == 0, "nheads", f"a multiple of {nheads_k}", nheads)
     shapes = dict(
         k=(batch, seqlen_k, nheads_k, headdim),
@@ -295,7 +227,7 @@ def _check(q, k, v, out, lse, table, softcap, phase, written, sinks):
     for name, x in tensors.items():
         want = shapes.get(name, tuple(x.shape))
         check(tuple(x.shape) == want, name, want, tuple(x.shape))
-        unit = name in ("lse", "table") or x.stride(-1) == 1 or x.shape[-1] == 1
+        unit = name == "lse" or x.stride(-1) == 1 or x.shape[-1] == 1 or not x.numel()
         check(unit, name, "a last stride of 1", x.stride(-1))
     if out is not None:
         target.check_tensors((torch.float32,), out=out)
@@ -304,47 +236,54 @@ def _check(q, k, v, out, lse, table, softcap, phase, written, sinks):
     if sinks is not None:
         check(phase in ("first", "only"), "sinks", "phase first or only", phase)
         check(tuple(sinks.shape) == (nheads,), "sinks", (nheads,), tuple(sinks.shape))
+        target.check_tensors(DTYPES, sinks=sinks)
     group = nheads // nheads_k
     check(table.cut.group in (1, group), "table", f"1 or {group} heads packed", table.cut.group)
     check(table.rows[1] <= seqlen_q, "table", f"query rows up to {seqlen_q}", table.rows[1])
-    check(softcap >= 0, "softcap", "0 or more", softcap)
+    check(math.isfinite(softmax_scale), "softmax_scale", "a finite number", softmax_scale)
+    check(0 <= softcap < math.inf, "softcap", "0 or more", softcap)
 
 
 def variants(arch: int) -> list[Variant]:
     """Return what offline compilation compiles. Every kernel has a full and a masked loop."""
     bf16, long = "bfloat16", 4096
     found = [
-        _variant(arch, f"{dtype}-d{d}-{seed}", dtype, d, d, long, seed)
-        for dtype, d, seed in (
-            (bf16, 64, "state"), (bf16, 96, "state"), (bf16, 128, "none"), (bf16, 128, "state"),
-            (bf16, 192, "state"), (bf16, 256, "none"), (bf16, 256, "state"),
-            ("float16", 128, "state"), ("float32", 64, "state"), ("float32", 128, "state"),
-            ("float32", 256, "state"),
+        _variant(arch, f"{dtype}-d{d}-{phase}", dtype, d, d, long, phase)
+        for dtype, d, phase in (
+            (bf16, 64, "middle"), (bf16, 96, "middle"), (bf16, 128, "first"),
+            (bf16, 128, "middle"), (bf16, 128, "last"), (bf16, 128, "only"), (bf16, 192, "middle"),
+            (bf16, 256, "first"), (bf16, 256, "middle"), ("float16", 64, "only"),
+            ("float16", 128, "middle"), (bf16, 96, "last"), ("float32", 64, "middle"), ("float32", 128, "middle"),
+            ("float32", 256, "middle"),
         )
     ]  # fmt: skip
     found += [
-        _variant(arch, "bfloat16-d192-dv128-state", bf16, 192, 128, long, "state"),
-        _variant(arch, "bfloat16-d128-state-softcap", bf16, 128, 128, long, "state", softcap=True),
-        _variant(arch, "bfloat16-d128-sinks", bf16, 128, 128, long, "sinks"),
-        _variant(arch, "bfloat16-d128-packed-split", bf16, 128, 128, 2, "none", split=True),
-        _variant(arch, "bfloat16-d256-packed-state", bf16, 256, 256, 2, "state"),
-        _variant(arch, "float32-d128-tf32", "float32", 128, 128, long, "state", precision="tf32"),
+        _variant(arch, "bfloat16-d192-dv128-middle", bf16, 192, 128, long, "middle"),
+        _variant(arch, "bfloat16-d64-softcap", bf16, 64, 64, long, "middle", softcap=True),
+        _variant(arch, "bfloat16-d128-softcap", bf16, 128, 128, long, "middle", softcap=True),
+        _variant(arch, "bfloat16-d256-softcap", bf16, 256, 256, long, "middle", softcap=True),
+        _variant(arch, "bfloat16-d128-sinks", bf16, 128, 128, long, "first", sinks=True),
+        _variant(arch, "bfloat16-d128-packed-split", bf16, 128, 128, 2, "first", split=True),
+        _variant(arch, "bfloat16-d256-packed", bf16, 256, 256, 2, "middle"),
+        _variant(arch, "float32-d128-tf32", "float32", 128, 128, long, "middle", precision="tf32"),
     ]
     return found
 
 
 def _variant(
-    arch, name, dtype, headdim, headdim_v, tokens, seed, *, split=False, softcap=False,
-    precision="ieee",
+    arch, name, dtype, headdim, headdim_v, tokens, phase, *, sinks=False, split=False,
+    softcap=False, precision="ieee",
 ):  # fmt: skip
-    cut = choose_cut(64, 8, headdim, headdim_v, dtype, arch, tokens)
+    cut = choose_cut(64, 8, headdim, headdim_v, dtype, arch, tokens, phase)
     constexprs = _constexprs(
-        cut, 8, headdim, headdim_v, seed, split, softcap, False, precision
+        cut, 8, headdim, headdim_v, _seed(phase, sinks), split, softcap, False, precision
     ) | dict(lse_row=1, result_lse_row=1)
     pointer = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[dtype]
     signature = dict.fromkeys(_step.arg_names, "i32") | dict.fromkeys(constexprs, "constexpr")
     signature |= dict.fromkeys(("q", "k", "v"), pointer) | dict(scale2="fp32", cap2="fp32")
     signature |= dict.fromkeys(("out", "lse", "result", "result_lse", "sinks"), "*fp32")
+    if phase in ("last", "only") and not split:
+        signature["result"] = pointer
     signature |= dict(tiles="*i32", pieces="*i32")
     plain = ("splits", "row0", "scale2", "cap2", "lse_batch", "lse_head", "result_lse_part")
     plain += ("result_lse_batch", "result_lse_head")

@@ -1,9 +1,21 @@
 """Where kernels run, Triton's interpreter or a GPU of some architecture, and refusing what cannot."""
 
 import functools
+import re
 
 import torch
 import triton
+
+OLDEST_TRITON = (3, 6)
+# Rows of a tensor that kernels take: a row's number and those of a block after it fit int32.
+MAX_ROWS = (1 << 31) - (1 << 16)
+MAX_PROGRAMS = (1 << 31) - 1  # of a grid's first dimension
+
+if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < OLDEST_TRITON:
+    raise ImportError(
+        f"triton: want {'.'.join(map(str, OLDEST_TRITON))} or later, got {triton.__version__}: "
+        "pip install --upgrade triton"
+    )
 
 # Kernels are what they are from the moment they are decorated, so once, at import.
 INTERPRET = triton.knobs.runtime.interpret

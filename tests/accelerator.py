@@ -1,5 +1,6 @@
 """Where the tests of kernels run: on a GPU where there is one, else in Triton's interpreter."""
 
+import contextlib
 import importlib.util
 
 import pytest
@@ -13,3 +14,38 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 # The interpreter takes bfloat16 for integers.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).removeprefix("torch."))
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """Let new tensors hold NaN until they are written: a launcher's own buffers too."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def patch_once():
+    """Let the interpreter patch triton.language once per launch.
+
+    It does so at each call of a device function, tl.max() among them: a third of all its time.
+    """
+    from triton.runtime import interpreter
+
+    run, patch, done = interpreter.InterpretedFunction.run, interpreter._patch_lang, set()
+
+    def run_anew(*args, **options):
+        done.clear()
+        return run(*args, **options)
+
+    def patch_module(fn):
+        if fn.__module__ not in done:
+            done.add(fn.__module__)
+            return patch(fn)
+
+    interpreter.InterpretedFunction.run, interpreter._patch_lang = run_anew, patch_module
+
+
+if not ON_GPU:
+    patch_once()

@@ -22,7 +22,7 @@ def options(parser):
 
 # Public, so frozen: a new option is a new line here, in the README's spirit and in CHANGELOG.
 FROZEN = {
-    "bench": ["--json", "--list", "--quick", "-h", "cases"],
+    "bench": ["--dry-run", "--json", "--list", "--quick", "-h", "cases"],
     "calibrate": ["--json", "--out", "--ranks", "--seconds", "--threads", "-h"],
     "demo": [
         "--decode",

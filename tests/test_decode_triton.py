@@ -1,16 +1,17 @@
 """The decode kernel against attention by its definition: pages, splits, groups, states.
 
-Slots that no sequence holds are NaN and page numbers that no token needs are far outside, so what
-is read beyond a sequence's tokens shows.
+Slots that no sequence holds are NaN, as are columns beyond a headdim, and page numbers that no
+token needs are far outside, so what is read beyond a sequence's tokens shows.
 """
 
 from typing import NamedTuple
 
 import pytest
 import torch
-from accelerator import DEVICE, DTYPES, EACH_DTYPE
+from accelerator import DEVICE, DTYPES, EACH_DTYPE, poisoned_memory
 from close import assert_close, assert_lse_close
 from ringkern.kernels import decode, reference
+from rounding import REORDERED, U, lse_error
 
 INF, NAN = float("inf"), float("nan")
 FAR = 2**30
@@ -23,6 +24,12 @@ class Case(NamedTuple):
     tables: dict  # block_table, seqlens, cu_seqlens_q, max_seqlen_q, page_size
     slots: list  # of each sequence's tokens, in order
     queries: list  # of each sequence
+
+
+def in_nan(x):
+    """Return x on the device, with columns of NaN after each row's own."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 16), NAN, dtype=x.dtype, device=DEVICE)
+    return wide[..., :-16].copy_(x)
 
 
 def draw_case(seqlens, queries, heads, dtype, page_size=16, seed=0):
@@ -45,10 +52,11 @@ def draw_case(seqlens, queries, heads, dtype, page_size=16, seed=0):
     tables = dict(block_table=table, seqlens=torch.tensor(seqlens).int(), cu_seqlens_q=edges)
     tables = {name: x.to(DEVICE) for name, x in tables.items()}
     tables |= dict(max_seqlen_q=max(queries), page_size=page_size)
-    q, k, v = (x.to(dtype).to(DEVICE) for x in (q, k, v))
+    q, k, v = (in_nan(x.to(dtype)) for x in (q, k, v))
     return Case(q, k, v, tables, slots, queries)
 
 
+@poisoned_memory()
 def run(case, *, out=None, lse=None, **options):
     """Return (out, lse), over poison unless they are given."""
     total_q, nheads, headdim = case.q.shape
@@ -123,8 +131,7 @@ def test_splits_agree(num_splits):
     out, lse = run(case, num_splits=num_splits)
     assert_right(case, out, lse, f"{num_splits=}")
     whole, whole_lse = run(case)
-    torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(lse, whole_lse, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((out, lse), (whole, whole_lse), **REORDERED)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
@@ -214,23 +221,26 @@ def test_any_scale(softmax_scale):
 
 
 def test_any_strides_give_the_same_bits():
-    case = draw_case([70, 20], [1, 2], (4, 2, 32, 48), torch.float16)
+    """Whole tensors, and rows, heads and columns of larger ones."""
+    case = draw_case([70, 20], [1, 2], (4, 2, 24, 48), torch.float16)
     want, want_lse = run(case)
 
     def spread(x):
-        wide = x.new_full((x.shape[1] + 1, len(x), x.shape[2] + 8), NAN)
-        wide[1:, :, 8:] = x.transpose(0, 1)
-        return wide.transpose(0, 1)[:, 1:, 8:]
+        wide = x.new_full((x.shape[1] + 1, len(x), x.shape[2] + 16), NAN)
+        wide[1:, :, 8:-8] = x.transpose(0, 1)
+        return wide.transpose(0, 1)[:, 1:, 8:-8]
 
     table = case.tables["block_table"]
     wide = torch.full((len(table), table.shape[1] + 3), FAR, dtype=torch.int32, device=DEVICE)
     wide[:, 2:-1] = table
-    strided = case._replace(
-        q=spread(case.q), k=spread(case.k), v=spread(case.v),
-        tables=case.tables | dict(block_table=wide[:, 2:-1]),
-    )  # fmt: skip
-    out, lse = run(strided, lse=torch.empty(3, 4, device=DEVICE).T, out=spread(want * NAN))
-    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    for change, tables in (
+        (torch.Tensor.contiguous, {}),
+        (spread, dict(block_table=wide[:, 2:-1])),
+    ):
+        q, k, v = map(change, (case.q, case.k, case.v))
+        other = case._replace(q=q, k=k, v=v, tables=case.tables | tables)
+        out, lse = run(other, lse=torch.empty(3, 4, device=DEVICE).T, out=change(want * NAN))
+        assert torch.equal(out, want) and torch.equal(lse, want_lse)
 
 
 @pytest.mark.parametrize("what", ["q", "k", "v"])
@@ -249,14 +259,30 @@ def test_nan_stays_nan(what):
         assert torch.equal(lse.isnan().cpu(), hit.T & (what != "v"))
 
 
-def test_large_scores():
-    """Of a size at which a score's last bit is many nats: the largest key takes all."""
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_large_scores(num_splits):
+    """Near 2 ** 20, where the largest key takes all; whole numbers, so that only lse is rounded."""
     case = draw_case([70, 20], [1, 2], (4, 2, 16, 16), torch.float32)
-    case.q.mul_(1e3)
-    case.k.mul_(1e3)
-    out, lse = run(case, num_splits=2)
+    for x in (case.q, case.k):
+        x.mul_(600).round_()
+    out, lse = run(case, num_splits=num_splits)
     assert_right(case, out, lse, "large scores")
-    assert lse.abs().max() > 1e5
+    _, want_lse = wanted(case)
+    size = float(want_lse.abs().max())
+    assert 2**18 < size < 2**22
+    # The merge of the splits rounds once more.
+    assert (lse.cpu() - want_lse).abs().max() <= lse_error(size, 70) + U * size
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_sinks_are_a_state(num_splits):
+    """Of weight without a value, as local.make_state() puts them; for no tokens too."""
+    case = draw_case([70, 0], [2, 1], (4, 2, 16, 24), torch.float32)
+    sinks = torch.tensor([0.7, -INF, 3.0, 90.0])
+    out = torch.zeros(3, 4, 24, device=DEVICE)
+    lse = sinks[:, None].expand(4, 3).to(DEVICE).clone()
+    run(case, out=out, lse=lse, num_splits=num_splits, seeded=True)
+    assert_right(case, out, lse, "sinks", sinks=sinks)
 
 
 def test_caches_beyond_32_bits():

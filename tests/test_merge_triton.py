@@ -7,6 +7,7 @@ import torch
 from accelerator import DEVICE, DTYPES, EACH_DTYPE
 from close import assert_close, assert_lse_close
 from ringkern.kernels import merge, reference, step_torch
+from rounding import FEW, REORDERED, U
 
 INF, NAN = float("inf"), float("nan")
 
@@ -30,15 +31,15 @@ def empty_some(outs, lses, share=0, seed=0):
 
 def assert_merged(out, lse, outs, lses, name):
     want, want_lse = reference.merge(outs.cpu().double(), lses.cpu().double())
-    assert_close(out.cpu(), want, want.to(out.dtype), name=name, floor=2e-6)
+    assert_close(out.cpu(), want, want.to(out.dtype), name=name, floor=32 * U)
     assert_lse_close(lse.cpu(), want_lse, name=name)
-    torch.testing.assert_close(lse.cpu(), want_lse.float(), rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(lse.cpu(), want_lse.float(), **REORDERED)
 
 
 # parts, total, nheads, headdim: around the blocks of parts and rows, and headdims in between.
 SHAPES = [
-    (1, 40, 2, 64), (2, 33, 2, 128), (2, 1, 3, 48), (3, 70, 1, 96), (5, 9, 2, 256), (8, 17, 1, 1),
-    (16, 5, 3, 80), (17, 23, 3, 24), (55, 7, 2, 192), (133, 5, 3, 64), (32, 1, 1, 128),
+    (1, 33, 2, 64), (2, 17, 2, 128), (2, 1, 3, 48), (3, 9, 1, 96), (5, 5, 2, 256), (8, 9, 1, 1),
+    (16, 4, 2, 80), (17, 8, 2, 24), (55, 3, 2, 192), (133, 3, 1, 64), (32, 1, 1, 128),
 ]  # fmt: skip
 
 
@@ -55,9 +56,9 @@ def test_merge_is_the_weighted_mean(parts, total, nheads, headdim, share, dtype)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_strides_give_the_same_bits(dtype):
-    outs, lses = empty_some(*parts_of(18, 11, 3, 40, dtype))
+    outs, lses = empty_some(*parts_of(18, 5, 3, 40, dtype))
     want, want_lse = merge.merge(outs, lses)
-    wide = outs.new_full((11, 18, 4, 48), NAN)
+    wide = outs.new_full((5, 18, 4, 48), NAN)
     wide[:, :, 1:, 4:44] = outs.transpose(0, 1)
     out, lse = merge.merge(wide.transpose(0, 1)[:, :, 1:, 4:44], lses.mT.contiguous().mT)
     assert torch.equal(out, want) and torch.equal(lse, want_lse)
@@ -74,12 +75,12 @@ def test_a_batch_is_its_entries():
 
 
 def test_bits_of_a_row_do_not_depend_on_the_others():
-    outs, lses = empty_some(*parts_of(37, 41, 2, 64, torch.float32))
+    outs, lses = empty_some(*parts_of(37, 9, 2, 64, torch.float32))
     out, lse = merge.merge(outs, lses)
     again, lse_again = merge.merge(outs, lses)
-    some, lse_some = merge.merge(outs[:, 17:20], lses[:, :, 17:20])
+    some, lse_some = merge.merge(outs[:, 4:6], lses[:, :, 4:6])
     assert torch.equal(again, out) and torch.equal(lse_again, lse)
-    assert torch.equal(some, out[17:20]) and torch.equal(lse_some, lse[:, 17:20])
+    assert torch.equal(some, out[4:6]) and torch.equal(lse_some, lse[:, 4:6])
 
 
 def test_out_in_the_dtype_asked_for():
@@ -99,8 +100,8 @@ def test_merge_is_total():
     outs = outs.expand(3, lses.shape[2], 1, 1)
     out, lse = merge.merge(outs, lses)
     want, want_lse = reference.merge(outs.cpu().double(), lses.cpu().double())
-    torch.testing.assert_close(out.cpu(), want.float(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(lse.cpu(), want_lse.float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.cpu(), want.float(), rtol=FEW["rtol"], atol=0)
+    torch.testing.assert_close(lse.cpu(), want_lse.float(), rtol=FEW["rtol"], atol=0)
 
 
 @pytest.mark.parametrize("seeded", [False, True])
@@ -136,7 +137,8 @@ def test_a_large_lse_costs_no_weight(base):
     out, lse = merge.merge(outs, lses)
     want, want_lse = reference.merge(outs.cpu().double(), lses.cpu().double())
     assert_close(out.cpu(), want, want.float(), name=f"{base}")
-    torch.testing.assert_close(lse.cpu(), want_lse.float(), rtol=2e-7, atol=0)
+    # One rounding, where the log of the mass is added; of the log itself much less.
+    torch.testing.assert_close(lse.cpu().double(), want_lse, rtol=U, atol=16 * U)
 
 
 @pytest.mark.parametrize("part_dtype", DTYPES)
@@ -159,8 +161,7 @@ def test_in_place_as_on_the_cpu():
     merge.merge_(out, lse, outs[1:], lses[1:])
     want, want_lse = outs[:1].cpu(), lses[:1].cpu()
     step_torch.merge_(want, want_lse, outs[1:].cpu(), lses[1:].cpu())
-    torch.testing.assert_close(out.cpu(), want, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(lse.cpu(), want_lse, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((out.cpu(), lse.cpu()), (want, want_lse), **FEW)
 
 
 @pytest.mark.parametrize("seeded", [False, True])
@@ -179,7 +180,7 @@ def test_only_the_result_is_written(seeded):
 
 
 def test_the_result_may_be_one_of_the_parts():
-    outs, lses = empty_some(*parts_of(5, 50, 2, 128, torch.float32))
+    outs, lses = empty_some(*parts_of(5, 11, 2, 128, torch.float32))
     want, want_lse = merge.merge(outs, lses)
     merge.merge_into(outs, lses, outs[3], lses[3])
     assert torch.equal(outs[3], want) and torch.equal(lses[3], want_lse)

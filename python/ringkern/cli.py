@@ -129,12 +129,17 @@ def make_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="run the benchmarks of the checkout that this is started in",
-        description="Run benchmarks and append what they measured to bench/results/. Needs a "
-        "checkout of ringkern as the current directory.",
+        description="Run benchmarks and append what they measured to bench/results/. With `tune` "
+        "first: measure configurations of the kernels that follow, as `step/16/*`, on this GPU and "
+        "write the best into kernels/configs.py. Needs a checkout of ringkern as the current "
+        "directory.",
     )
     bench.add_argument("cases", nargs="*", metavar="CASE", help="ids or globs; default: all")
     bench.add_argument("--list", action="store_true", help="print the ids and stop")
     bench.add_argument("--quick", action="store_true", help="tiny sizes; records nothing")
+    bench.add_argument(
+        "--dry-run", action="store_true", help="of tune: print the table, write nothing"
+    )
     trace = _add_trace(commands)
     for command in (demo, calibrate, doctor, plan, bench, trace):
         command.add_argument("--json", action="store_true", help="print one JSON object per line")
@@ -287,6 +292,10 @@ def _bench(args) -> int:
         )
     sys.path.insert(0, str(here))
     flags = [f"--{name}" for name in ("list", "quick", "json") if getattr(args, name)]
+    if args.cases[:1] == ["tune"]:
+        flags += ["--dry-run"] * args.dry_run
+        return importlib.import_module("bench.tune").main([*flags, *args.cases[1:]])
+    check(not args.dry_run, "dry_run", "`ringkern bench tune`", "a benchmark")
     return importlib.import_module("bench.run").main([*flags, *args.cases])
 
 

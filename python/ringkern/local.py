@@ -57,7 +57,7 @@ def prepare(
     *,
     rows: int,
     page_size: int | None = None,
-    fresh: bool = False,
+    phase: str = "middle",
 ):
     """Return the work of some spans, as step() takes it: once for all layers.
 
@@ -66,9 +66,10 @@ def prepare(
         backend: "torch" or "triton".
         rows: of the query tensor.
         page_size: of the cache that K and V are slots of; None: they are packed.
-        fresh: whether the state has seen no key yet. Then it need not hold anything, and all of
-            it is written.
+        phase: "middle" adds to a state. "first": the state has seen no key yet, need not hold
+            anything, and all of it is written. "only": likewise, and nothing comes after.
     """
+    fresh = phase != "middle"
     if backend == "torch":
         return _Spans(spans.tolist(), fresh)
     if page_size and problem.batch == 1:
@@ -79,11 +80,11 @@ def prepare(
 
     heads = problem.nheads, problem.nheads_k, problem.headdim, problem.headdim_v
     tokens = int((spans[:, 1] - spans[:, 0]).max(initial=1))
-    how = cut.choose_cut(*heads, problem.dtype, target.arch(device), tokens)
+    how = cut.choose_cut(*heads, problem.dtype, target.arch(device), tokens, phase)
     fill = cut.tiles_to_fill(how, problem.batch, problem.nheads, _processors(device))
     whole = rows if fresh else 0  # tiles also of queries that see no key
     table = tile_table.make_tiles(spans, how.block_q, how.block_n, rows=whole, fill=fill)
-    return _Tiles(cut.make_table(table, how, device), "first" if fresh else "middle")
+    return _Tiles(cut.make_table(table, how, device), phase)
 
 
 def _prepare_decode(table, problem, device, fresh) -> _Decode:
@@ -138,7 +139,7 @@ def attend(q, k, v, spans: np.ndarray, problem: Problem, sinks, backend: str):
         return out.to(q.dtype), lse
     from ringkern.kernels import step as kernel
 
-    work = prepare(spans, problem, q.device, backend, rows=seqlen_q, fresh=True)
+    work = prepare(spans, problem, q.device, backend, rows=seqlen_q, phase="only")
     out = q.new_empty(batch, seqlen_q, nheads, problem.headdim_v)
     lse = q.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
     options = dict(softmax_scale=problem.softmax_scale, softcap=problem.softcap)

@@ -115,7 +115,13 @@ class Program:
             None if mine else blocks.q(work.q_rank),
             None if stays else blocks.kv(work.kv_rank),
             None if mine else blocks.make_part(work.q_rank),
-            local.prepare(work.spans, *where, rows=rows, page_size=page_size, fresh=not mine),
+            local.prepare(
+                work.spans,
+                *where,
+                rows=rows,
+                page_size=page_size,
+                phase="middle" if mine else "first",
+            ),
         )
 
     def run(self, link, stats, q, own_kv, state) -> None:

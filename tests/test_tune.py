@@ -1,0 +1,176 @@
+"""Tuning: which configuration is chosen, what becomes of the table, and what is dropped."""
+
+import json
+import os
+import pathlib
+import sys
+
+import accelerator  # noqa: F401, which skips where there is no triton
+import pytest
+import torch
+from ringkern import cli
+from ringkern.kernels import configs
+from ringkern.kernels.configs import Config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # bench/ is no part of the package
+
+from bench import gpu, tune, tune_table  # noqa: E402
+from bench.tune_table import Key, Trial  # noqa: E402
+
+SM_90 = """\
+kernel  family  bits  headdim  phase   block_m  block_n  num_warps  num_stages
+step    sm_90   16    64       *       128      128      8          3
+step    sm_80   16    128      *       128      64       8          3
+step    *       16    128      *       64       32       4          2
+decode  *       16    128      *       32       64       4          3
+decode  *       16    256      *       32       32       4          3
+"""
+D64, D128 = Key("step", 16, 64, "*"), Key("step", 16, 128, "*")
+DECODE_128, DECODE_256 = Key("decode", 16, 128, "*"), Key("decode", 16, 256, "*")
+
+
+def test_the_table_is_renewed_for_one_family_only():
+    assert tune_table.keys(SM_90, "sm_90") == [D64, D128, DECODE_128, DECODE_256]
+    found = {
+        D64: Config(64, 64, 4, 2),
+        D128: Config(128, 64, 8, 2),
+        DECODE_256: Config(16, 32, 2, 4),
+    }
+    renewed = tune_table.renew(SM_90, "sm_90", found)
+    assert renewed.splitlines() == [
+        "kernel  family  bits  headdim  phase   block_m  block_n  num_warps  num_stages",
+        "step    sm_90   16    64       *       64       64       4          2",
+        "step    sm_80   16    128      *       128      64       8          3",
+        "step    sm_90   16    128      *       128      64       8          2",
+        "step    *       16    128      *       64       32       4          2",
+        "decode  *       16    128      *       32       64       4          3",
+        "decode  sm_90   16    256      *       16       32       2          4",
+        "decode  *       16    256      *       32       32       4          3",
+    ]
+    for key, config in found.items():
+        assert tune_table.taken(renewed, "sm_90", key) == config
+    for family in ("sm_80", "sm_100"):
+        for key in (D64, D128, DECODE_128, DECODE_256):
+            assert tune_table.taken(renewed, family, key) == tune_table.taken(SM_90, family, key)
+    again = tune_table.renew(renewed, "sm_90", found)
+    assert again == renewed, "the same figures give the same text"
+    same = {D128: tune_table.taken(SM_90, "sm_90", D128)}
+    assert tune_table.renew(SM_90, "sm_90", same) == SM_90, "what applies already needs no row"
+
+
+@pytest.mark.parametrize("family", configs.SHARED_BYTES)
+def test_the_shipped_table_can_be_renewed(family):
+    source = tune.SOURCE.read_text()
+    table = configs.TABLE.lstrip("\n")
+    assert tune_table.renew_source(source, family, {}) == source
+    every = tune_table.keys(table, family)
+    assert {key.kernel for key in every} == {"step", "decode", "merge", "pack"}
+    found = {key: Config(48, key.headdim, 4, 9) for key in every}
+    renewed = tune_table.renew(table, family, found)
+    scope = {"__name__": "renewed"}
+    exec(tune_table.renew_source(source, family, found), scope)
+    assert scope["TABLE"].lstrip("\n") == renewed
+    for key in every:
+        assert tune_table.taken(table, family, key) in tune.candidates(key, family)
+        assert tune_table.taken(renewed, family, key) == found[key]
+    for other in set(configs.SHARED_BYTES) - {family}:
+        for key in tune_table.keys(table, other):
+            assert tune_table.taken(renewed, other, key) == tune_table.taken(table, other, key)
+    with pytest.raises(ValueError, match="want one TABLE"):
+        tune_table.renew_source("x = 1\n", family, found)
+
+
+def test_the_fastest_is_chosen_but_not_for_noise():
+    present, other, third = Config(1, 1, 1, 1), Config(2, 2, 2, 2), Config(3, 3, 3, 3)
+
+    def chosen(**times):
+        names = dict(present=present, other=other, third=third)
+        return tune_table.choose(
+            [Trial(names[n], t) if t else Trial(names[n], dropped="x") for n, t in times.items()],
+            present,
+        )
+
+    assert chosen(present=(1.0, 1.0), other=(0.5, 1.5)) == other, "by the geometric mean"
+    assert chosen(present=(1.0,), other=(0.995,)) == present, "that is noise"
+    assert chosen(present=(1.0,), other=(0.9,), third=(0.9,)) == other, "the first of equals"
+    assert chosen(present=None, other=(9.0,), third=(8.0,)) == third
+    assert chosen(present=None, other=None) is None
+
+
+def answer(job):
+    """A measurement that dies for one configuration, as a compiler does that aborts."""
+    key, config, _ = job
+    if config.block_m == 2:
+        os._exit(134)
+    return Trial(config, (float(config.block_m),))
+
+
+def test_a_child_that_dies_costs_one_configuration():
+    jobs = [(D64, Config(m, 16, 4, 2), True) for m in (1, 2, 3)]
+    trials = list(tune.in_children(jobs, answer))
+    assert [one.config.block_m for one in trials] == [1, 2, 3]
+    assert [one.dropped for one in trials] == [None, "died, exit code 134", None]
+
+
+def test_forced_configurations_are_taken_and_given_back():
+    key = D128
+    before = configs.pick("step", 80, 128, 128, "bfloat16")
+    config = Config(16, 32, 2, 5)
+    with tune.forced(key, config):
+        assert configs.pick("step", tune_arch(), 128, 128, "bfloat16") == config
+        assert configs.pick("step", tune_arch(), 256, 256, "bfloat16") != config
+        assert configs.pick("decode", tune_arch(), 128, 128, "bfloat16") != config
+    assert configs.pick("step", 80, 128, 128, "bfloat16") == before
+
+
+def test_each_phase_is_tuned_by_what_runs_it():
+    for phase, impl in (
+        ("*", "ringkern"),
+        ("first", "ringkern+first"),
+        ("last", "ringkern+middle"),
+    ):
+        for case in tune.workloads(Key("step", 16, 128, phase), quick=True):
+            assert case.impls == (impl,)
+    job = Key("step", 16, 64, "middle"), Config(32, 32, 4, 2), True
+    assert tune.measure(job).dropped is None
+
+
+def tune_arch():
+    from ringkern.kernels import target
+
+    return target.arch(gpu.device())
+
+
+def test_what_cannot_run_is_dropped_with_the_reason(monkeypatch):
+    monkeypatch.setattr(tune, "_measure", lambda *_: 1 / 0)
+    assert tune.measure((D128, Config(128, 64, 8, 3), True)).dropped.startswith("ZeroDivisionError")
+    too_much = tune.measure((D128, Config(128, 256, 8, 4), True))
+    assert too_much.dropped.endswith("bytes of shared memory too many")
+
+
+def test_tuning_through_the_command(monkeypatch, capsys):
+    """Every kernel, in tiny sizes; the table is printed and the file stays."""
+    monkeypatch.chdir(ROOT)
+    before = tune.SOURCE.read_text()
+    monkeypatch.setattr(tune, "in_children", lambda jobs, work: map(work, jobs))
+    every = tune_table.keys(configs.TABLE.lstrip("\n"), tune.here())
+    keys = list({key.kernel: str(key) for key in every}.values())  # the last of each kernel
+    assert cli.main(["bench", "tune", *keys, "--quick", "--json"]) == 0
+    printed = capsys.readouterr()
+    trials = [json.loads(line) for line in printed.out.splitlines()]
+    assert [one["key"] for one in trials[::2]] == keys and len(keys) == 4
+    assert all(one["dropped"] is None for one in trials), trials
+    assert printed.err.startswith("kernel  family"), "the table"
+    assert tune.SOURCE.read_text() == before
+    assert cli.main(["bench", "--list", "tune", "pack/*"]) == 0
+    assert capsys.readouterr().out == "pack/32/256\n"
+    assert cli.main(["bench", "--dry-run", "plan/*"]) == 2
+    assert "dry_run: want `ringkern bench tune`" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_tuning_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert tune.main(["--dry-run"]) == 1
+    assert "bench.tune: no CUDA device" in capsys.readouterr().err
