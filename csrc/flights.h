@@ -1,0 +1,87 @@
+// What became of each exchange that a GPU does: which are in flight, and which of them the caller
+// has made a stream wait for. Its own mutex, under which only the driver is called.
+
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "cuda.h"
+#include "loop.h"
+#include "transport.h"
+
+namespace ringkern {
+
+struct Flight {
+  Clock::time_point posted;
+  std::unique_ptr<Event> ready;  // the caller's stream has come to it; none: it always has
+  std::unique_ptr<Event> done;   // it is over, once `launched`; none: it is connecting
+  std::vector<int> peers;        // without this rank itself
+  std::size_t bytes_out = 0;
+  std::size_t bytes_in = 0;
+  std::optional<Clock::time_point> started{};  // when it was first seen ready
+  bool launched = false;
+  bool waited = false;
+};
+
+// Every function needs a Device::Use on the calling thread.
+class Flights {
+ public:
+  explicit Flights(const Device& device) : device_(device) {}
+
+  // With both events, used or new.
+  Flight prepare();
+  Ticket open(Flight flight);
+  // A ticket that is done.
+  Ticket open_done();
+  // The exchange is on the stream, and `done` is recorded behind it.
+  void launch(Ticket ticket, Stream stream);
+  // The exchange is in a graph: nobody can ask whether it is over, and it runs any number of times.
+  void capture(Ticket ticket, Stream stream);
+  // Forgets a ticket that nobody will wait for.
+  void drop(Ticket ticket);
+
+  // Notices what is over.
+  void reap();
+  // Makes the stream wait for the exchange and forgets the ticket. None after clear().
+  std::optional<Times> wait(Ticket ticket, Stream stream);
+
+  std::size_t size() const;
+  // Whether a stream still waits for an exchange.
+  bool awaited() const;
+  // The newest ticket up to which all are over.
+  Ticket settled() const;
+
+  struct Oldest {
+    Ticket ticket;
+    Clock::duration age;  // since the GPU could begin
+    std::vector<int> peers;
+    std::string text;  // "exchange 7 (10 bytes to and 20 bytes from rank 3), open for 1.5 s"
+  };
+  // The exchange that the stream is at, if the caller's own work has let it begin.
+  std::optional<Oldest> oldest();
+
+  // The stream is empty, whatever was on it.
+  void clear();
+
+ private:
+  std::unique_ptr<Event> take_event();
+
+  const Device& device_;
+  mutable std::mutex mutex_;
+  Ticket last_ = 0;
+  std::map<Ticket, Flight> flights_;
+  std::unordered_map<Ticket, Times> done_;  // until waited for
+  std::unordered_map<Ticket, Flight> captured_;
+  std::vector<std::unique_ptr<Event>> events_;  // free ones
+  bool cleared_ = false;
+};
+
+}  // namespace ringkern

@@ -1,0 +1,156 @@
+#include "nccl.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "error.h"
+#include "nccl_core.h"
+
+namespace ringkern {
+namespace {
+
+constexpr int kMostCtas = 64;
+
+// The Transport that callers see: checks what they pass, and that the process is still the one
+// that made it.
+class Nccl : public NcclTransport {
+ public:
+  Nccl(std::shared_ptr<NcclCore> core, int rank, int world_size)
+      : core_(std::move(core)), pid_(::getpid()), rank_(rank), world_size_(world_size) {}
+
+  ~Nccl() override {
+    // In a forked child there is no watching thread, and CUDA does not work: leave all as it is.
+    if (::getpid() == pid_) {
+      core_->close();
+    } else {
+      static_cast<void>(new std::shared_ptr<NcclCore>(std::move(core_)));
+    }
+  }
+
+  Ticket exchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs,
+                  Stream stream) override {
+    check_process();
+    for (const Send& send : sends) check_entry("send", send.peer, send.data, send.nbytes);
+    for (const Recv& recv : recvs) check_entry("recv", recv.peer, recv.data, recv.nbytes);
+    check_own(sends, recvs);
+    return core_->exchange(sends, recvs, stream);
+  }
+
+  bool poll(Ticket ticket, std::chrono::milliseconds slice) override {
+    check_process();
+    static_cast<void>(ticket);  // whichever: wait() does not wait for the GPU
+    return core_->poll(slice);
+  }
+
+  Times wait(Ticket ticket, Stream stream) override {
+    check_process();
+    return core_->wait(ticket, stream);
+  }
+
+  void abort(const std::string& reason) override {
+    check_process();
+    core_->abort(reason);
+  }
+
+  void close() override {
+    check_process();
+    core_->close();
+  }
+
+  Stats stats() const override {
+    check_process();
+    return core_->stats();
+  }
+
+  Ticket settled() override {
+    check_process();
+    return core_->settled();
+  }
+
+ private:
+  void check_process() const {
+    if (::getpid() == pid_) return;
+    throw TransportError(rank_, concat("rank ", rank_, " of ", world_size_,
+                                       ": this ring was made before fork(), in another process. "
+                                       "Make the ring in the process that uses it"));
+  }
+
+  void check_entry(const char* what, int peer, const void* data, std::size_t nbytes) const {
+    check(peer >= 0 && peer < world_size_, what, concat("a peer from 0 to ", world_size_ - 1),
+          peer);
+    check(data != nullptr || nbytes == 0, what, "a pointer", concat("null for ", nbytes, " bytes"));
+  }
+
+  // NCCL would wait for the other half for ever.
+  void check_own(const std::vector<Send>& sends, const std::vector<Recv>& recvs) const {
+    const auto sizes = [this](const auto& entries) {
+      std::string text;
+      for (const auto& entry : entries) {
+        if (entry.peer == rank_) text += concat(text.empty() ? "" : ", ", entry.nbytes);
+      }
+      return text.empty() ? std::string("none") : text;
+    };
+    const std::string out = sizes(sends), in = sizes(recvs);
+    check(out == in, "messages to this rank itself",
+          concat("receives of the bytes that are sent, ", out), in);
+  }
+
+  std::shared_ptr<NcclCore> core_;
+  const pid_t pid_;
+  const int rank_;
+  const int world_size_;
+};
+
+NcclConfig make_config(const NcclLibrary& nccl, const NcclOptions& options) {
+  const auto most = concat("0 to ", kMostCtas);
+  const auto in_range = [](int value) { return value >= 0 && value <= kMostCtas; };
+  check(in_range(options.min_ctas), "min_ctas", most, options.min_ctas);
+  check(in_range(options.max_ctas), "max_ctas", most, options.max_ctas);
+  check(options.max_ctas == 0 || options.min_ctas <= options.max_ctas, "min_ctas",
+        concat("at most max_ctas, ", options.max_ctas), options.min_ctas);
+  check(in_range(options.channels_per_net_peer), "channels_per_net_peer", most,
+        options.channels_per_net_peer);
+  if (options.channels_per_net_peer > 0 && nccl.version < NcclLibrary::kChannelsPerNetPeer) {
+    throw UnsupportedError(concat(
+        "channels_per_net_peer: want NCCL ", nccl_version_text(NcclLibrary::kChannelsPerNetPeer),
+        " or later, got ", nccl_version_text(nccl.version), ". Leave it at 0."));
+  }
+  NcclConfig config;
+  config.version = static_cast<unsigned>(std::min(nccl.version, NcclLibrary::kChannelsPerNetPeer));
+  if (options.min_ctas > 0) config.min_ctas = options.min_ctas;
+  if (options.max_ctas > 0) config.max_ctas = options.max_ctas;
+  if (options.channels_per_net_peer > 0) {
+    config.channels_per_net_peer = options.channels_per_net_peer;
+  }
+  return config;
+}
+
+}  // namespace
+
+std::unique_ptr<NcclTransport> make_nccl(std::unique_ptr<Transport> control, int rank,
+                                         int world_size, std::shared_ptr<const NcclLibrary> nccl,
+                                         std::shared_ptr<const Driver> driver, int device,
+                                         const NcclOptions& options) {
+  check(control != nullptr, "control", "a ring", "none");
+  check(world_size > 0, "world_size", "1 or more", world_size);
+  check(rank >= 0 && rank < world_size, "rank", concat("0 to ", world_size - 1), rank);
+  check(options.timeout.count() > 0, "timeout", "more than 0 ms", options.timeout.count());
+  const NcclConfig config = make_config(*nccl, options);
+  std::shared_ptr<NcclCore> core;
+  try {
+    core =
+        std::make_shared<NcclCore>(std::move(control), std::move(nccl), std::move(driver), device,
+                                   rank, world_size, options.timeout, options.control_timeout);
+  } catch (const CudaError& error) {
+    throw UnsupportedError(concat("GPU ", device, ": ", error.what(), "."));
+  }
+  auto transport = std::make_unique<Nccl>(core, rank, world_size);
+  core->connect(config, options.on_idle);
+  return transport;
+}
+
+}  // namespace ringkern

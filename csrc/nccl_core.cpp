@@ -1,0 +1,348 @@
+#include "nccl_core.h"
+
+#include <algorithm>
+#include <thread>
+#include <utility>
+
+namespace ringkern {
+namespace {
+
+// An exchange that the GPU has not done costs it memory for what is queued behind it, and a full
+// queue would block the caller inside NCCL, where nobody can abort it.
+constexpr std::size_t kMostInFlight = 256;
+
+// For how long a caller asks NCCL again and again before it sleeps between two questions.
+constexpr std::chrono::microseconds kSpin{200};
+constexpr std::chrono::microseconds kPause{50};
+
+constexpr std::chrono::milliseconds kIdle{100};
+
+// The ring ends while a caller is in the middle of a call.
+struct Interrupted {};
+
+// CUDA's errors that say that a stream is wrong; others say that the context is.
+bool is_about_stream(const CudaError& error) {
+  constexpr int kInvalidContext = 201, kInvalidHandle = 400;
+  constexpr int kFirstOfCapture = 900, kLastOfCapture = 908;
+  return error.code == kInvalidContext || error.code == kInvalidHandle ||
+         (error.code >= kFirstOfCapture && error.code <= kLastOfCapture);
+}
+
+[[noreturn]] void raise_stream(const Device& device, Stream stream, const CudaError& error) {
+  throw ArgumentError(concat("stream: want a stream of GPU ", device.ordinal(), ", got ", stream,
+                             ": ", error.what(), "."));
+}
+
+bool is_remote(const std::exception& error) {
+  const auto* nccl = dynamic_cast<const NcclError*>(&error);
+  return nccl != nullptr &&
+         (nccl->result == NcclLibrary::kRemoteError || nccl->result == NcclLibrary::kSystemError);
+}
+
+}  // namespace
+
+NcclCore::NcclCore(std::unique_ptr<Transport> control, std::shared_ptr<const NcclLibrary> nccl,
+                   std::shared_ptr<const Driver> driver, int device, int rank, int world_size,
+                   std::chrono::milliseconds timeout, std::chrono::milliseconds control_timeout)
+    : rank_(rank),
+      world_size_(world_size),
+      timeout_(timeout),
+      control_timeout_(control_timeout),
+      control_(std::move(control)),
+      device_(std::move(driver), device),
+      flights_(device_),
+      comm_(std::move(nccl)) {
+  const Device::Use use(device_);
+  stream_ = std::make_unique<OwnStream>(device_);
+  stats_.bytes_sent.resize(static_cast<std::size_t>(world_size));
+  stats_.bytes_received.resize(static_cast<std::size_t>(world_size));
+}
+
+NcclCore::~NcclCore() {
+  try {
+    const Device::Use use(device_);
+    flights_.clear();
+    stream_.reset();
+  } catch (const CudaError&) {
+    // At the process's end the driver may be gone before, and with it all that it held.
+  }
+}
+
+// ---- connecting
+
+void NcclCore::connect(const NcclConfig& config, const std::function<void()>& on_idle) {
+  start();
+  const Device::Use use(device_);
+  Flight flight;
+  flight.posted = Clock::now();
+  flight.peers = others();
+  const Ticket connecting = flights_.open(std::move(flight));
+  try {
+    const NcclId id = share_id(on_idle);
+    {
+      const std::lock_guard<std::mutex> calls(calls_);
+      comm_.start(world_size_, id, rank_, config);
+      settle(on_idle);
+    }
+    // A rank that is still connecting may wait for a GPU that another rank's messages keep busy.
+    meet(on_idle);
+    return flights_.drop(connecting);
+  } catch (const Interrupted&) {
+  } catch (const NcclError& error) {
+    trouble(error);
+  } catch (const CudaError& error) {
+    trouble(error);
+  } catch (const TransportError& error) {
+    trouble(error);
+  }
+  raise();
+}
+
+NcclId NcclCore::share_id(const std::function<void()>& on_idle) {
+  NcclId id;
+  if (rank_ == 0) {
+    const NcclLibrary& nccl = comm_.library();
+    nccl.check(nccl.get_unique_id(&id), "ncclGetUniqueId", nullptr);
+    std::vector<Send> sends;
+    for (const int peer : others()) sends.push_back({peer, &id, sizeof(id)});
+    finish_on_control(control_->exchange(sends, {}, 0), on_idle);
+  } else {
+    finish_on_control(control_->exchange({}, {{0, &id, sizeof(id)}}, 0), on_idle);
+  }
+  return id;
+}
+
+void NcclCore::meet(const std::function<void()>& on_idle) {
+  std::vector<Send> sends;
+  std::vector<Recv> recvs;
+  if (rank_ == 0) {
+    for (const int peer : others()) recvs.push_back({peer, nullptr, 0});
+    finish_on_control(control_->exchange({}, recvs, 0), on_idle);
+    for (const int peer : others()) sends.push_back({peer, nullptr, 0});
+    finish_on_control(control_->exchange(sends, {}, 0), on_idle);
+  } else {
+    finish_on_control(control_->exchange({{0, nullptr, 0}}, {{0, nullptr, 0}}, 0), on_idle);
+  }
+}
+
+void NcclCore::finish_on_control(Ticket ticket, const std::function<void()>& on_idle) {
+  while (!control_->poll(ticket, kIdle)) {
+    if (on_idle) on_idle();
+  }
+  control_->wait(ticket, 0);
+}
+
+std::vector<int> NcclCore::others() const {
+  std::vector<int> ranks;
+  for (int rank = 0; rank < world_size_; ++rank) {
+    if (rank != rank_) ranks.push_back(rank);
+  }
+  return ranks;
+}
+
+// ---- posting
+
+Ticket NcclCore::exchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs,
+                          Stream stream) {
+  try {
+    // Not lock(): the holder may never come back, and the ring's end is for this caller too.
+    std::unique_lock<std::mutex> calls(calls_, std::try_to_lock);
+    while (!calls && state_ == State::kOpen) {
+      std::this_thread::sleep_for(kPause);
+      calls.try_lock();
+    }
+    if (state_ == State::kOpen) return post(sends, recvs, stream);
+  } catch (const Interrupted&) {
+  } catch (const NcclError& error) {
+    trouble(error);
+  } catch (const CudaError& error) {
+    trouble(error);
+  }
+  raise();
+}
+
+Ticket NcclCore::post(const std::vector<Send>& sends, const std::vector<Recv>& recvs,
+                      Stream stream) {
+  if (sends.empty() && recvs.empty()) return flights_.open_done();
+  const Device::Use use(device_);
+  bool captured = false;
+  Flight flight;
+  try {
+    captured = device_.captures(stream);
+    if (!captured) make_room();
+    flight = flights_.prepare();
+    flight.ready->record(stream);
+    flight.ready->hold(stream_->handle());
+  } catch (const CudaError& error) {
+    if (is_about_stream(error)) raise_stream(device_, stream, error);
+    throw;
+  }
+  describe(flight, sends, recvs);
+  // Open before NCCL is called, so that the deadline counts when that takes long.
+  const Ticket ticket = flights_.open(std::move(flight));
+  comm_.post(sends, recvs, stream_->handle());
+  settle(nullptr);
+  if (captured) {
+    flights_.capture(ticket, stream_->handle());
+  } else {
+    flights_.launch(ticket, stream_->handle());
+  }
+  count(sends, recvs);
+  return ticket;
+}
+
+void NcclCore::describe(Flight& flight, const std::vector<Send>& sends,
+                        const std::vector<Recv>& recvs) const {
+  for (const Send& send : sends) {
+    flight.bytes_out += send.nbytes;
+    flight.peers.push_back(send.peer);
+  }
+  for (const Recv& recv : recvs) {
+    flight.bytes_in += recv.nbytes;
+    flight.peers.push_back(recv.peer);
+  }
+  auto& peers = flight.peers;
+  std::sort(peers.begin(), peers.end());
+  peers.erase(std::unique(peers.begin(), peers.end()), peers.end());
+  peers.erase(std::remove(peers.begin(), peers.end(), rank_), peers.end());
+}
+
+void NcclCore::make_room() {
+  while (flights_.size() >= kMostInFlight) {
+    flights_.reap();
+    if (flights_.size() < kMostInFlight) return;
+    if (state_ != State::kOpen) throw Interrupted{};
+    std::this_thread::sleep_for(kPause);
+  }
+}
+
+void NcclCore::settle(const std::function<void()>& on_idle) {
+  const auto begin = Clock::now();
+  auto idle_at = begin + kIdle;
+  for (;;) {
+    if (state_ != State::kOpen) throw Interrupted{};  // also when NCCL has just come back
+    if (comm_.settled()) return;
+    const auto now = Clock::now();
+    if (now < begin + kSpin) {
+      std::this_thread::yield();
+      continue;
+    }
+    std::this_thread::sleep_for(kPause);
+    if (on_idle && now >= idle_at) {
+      on_idle();
+      idle_at = now + kIdle;
+    }
+  }
+}
+
+void NcclCore::count(const std::vector<Send>& sends, const std::vector<Recv>& recvs) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const Send& send : sends) {
+    stats_.bytes_sent[static_cast<std::size_t>(send.peer)] += send.nbytes;
+  }
+  for (const Recv& recv : recvs) {
+    stats_.bytes_received[static_cast<std::size_t>(recv.peer)] += recv.nbytes;
+  }
+  stats_.messages_sent += sends.size();
+  stats_.messages_received += recvs.size();
+}
+
+// ---- waiting
+
+bool NcclCore::poll(std::chrono::milliseconds slice) {
+  if (state_ == State::kOpen) return true;
+  std::unique_lock<std::mutex> lock(mutex_);
+  return changed_.wait_for(lock, slice, [this] { return over(); });
+}
+
+Times NcclCore::wait(Ticket ticket, Stream stream) {
+  try {
+    if (state_ == State::kOpen) {
+      const Device::Use use(device_);
+      if (const auto times = flights_.wait(ticket, stream)) return *times;
+    }
+  } catch (const CudaError& error) {
+    if (is_about_stream(error)) raise_stream(device_, stream, error);
+    trouble(error);
+  }
+  raise();
+}
+
+Ticket NcclCore::settled() {
+  try {
+    if (state_ == State::kOpen || state_ == State::kClosing) {
+      const Device::Use use(device_);
+      flights_.reap();
+    }
+  } catch (const CudaError& error) {
+    trouble(error);
+  }
+  return flights_.settled();
+}
+
+Stats NcclCore::stats() {
+  Stats stats;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stats = stats_;
+  }
+  stats.rejected_connections = control_->stats().rejected_connections;
+  return stats;
+}
+
+// ---- failing and leaving, as a caller asks for it
+
+void NcclCore::trouble(const std::exception& error) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!trouble_) trouble_ = Trouble{error.what(), is_remote(error)};
+  poked_ = true;
+  changed_.notify_all();
+}
+
+bool NcclCore::over() const {
+  return state_ == State::kOver ||
+         (state_ == State::kEnding && Clock::now() - ending_since_ > grace());
+}
+
+void NcclCore::await_end() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!changed_.wait_for(lock, kIdle, [this] { return over(); })) {
+  }
+}
+
+void NcclCore::raise() {
+  await_end();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  failure_->raise();
+}
+
+void NcclCore::abort(const std::string& reason) {
+  control_->abort(reason);
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    poked_ = true;
+    changed_.notify_all();
+  }
+  await_end();
+}
+
+void NcclCore::close() {
+  const std::lock_guard<std::mutex> closing(closing_);
+  if (closed_) return;
+  closed_ = true;
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (state_ == State::kOpen) state_ = State::kClosing;
+  poked_ = true;
+  changed_.notify_all();
+  // Each step of ending has its own time: a call that does not return, a flush, the GPU's work.
+  const auto stuck = [this] {
+    return state_ == State::kEnding && Clock::now() - ending_since_ > 3 * grace();
+  };
+  while (thread_.joinable() && !gone_ && !stuck()) changed_.wait_for(lock, kIdle);
+  const bool gone = gone_;
+  lock.unlock();
+  if (thread_.joinable()) gone ? thread_.join() : thread_.detach();
+  control_->close();
+}
+
+}  // namespace ringkern

@@ -1,0 +1,122 @@
+// One rank's running ring over NCCL: the communicator, its stream, the thread that watches both,
+// and the first failure.
+
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cuda.h"
+#include "error.h"
+#include "flights.h"
+#include "loop.h"
+#include "nccl_comm.h"
+#include "transport.h"
+
+namespace ringkern {
+
+// Every function may be called from any thread. Lock order: closing_, calls_, mutex_ or the
+// flights' own.
+//
+// The communicator is ended, in whatever way, by the watching thread alone. That thread shares the
+// ownership: when NCCL never returns to it, it is left behind with all that it uses.
+class NcclCore : public std::enable_shared_from_this<NcclCore> {
+ public:
+  NcclCore(std::unique_ptr<Transport> control, std::shared_ptr<const NcclLibrary> nccl,
+           std::shared_ptr<const Driver> driver, int device, int rank, int world_size,
+           std::chrono::milliseconds timeout, std::chrono::milliseconds control_timeout);
+  ~NcclCore();
+
+  // Meets the other ranks. To be called once, before anything else.
+  void connect(const NcclConfig& config, const std::function<void()>& on_idle);
+  // The entries have been checked.
+  Ticket exchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs, Stream stream);
+  bool poll(std::chrono::milliseconds slice);
+  Times wait(Ticket ticket, Stream stream);
+  Ticket settled();
+  void abort(const std::string& reason);
+  void close();
+  Stats stats();
+
+ private:
+  // kClosing: calls are refused, and streams that wait get their data. kEnding: the communicator is
+  // being ended. kOver: nothing touches a caller's buffer any more, or nobody can say.
+  enum class State { kOpen, kClosing, kEnding, kOver };
+
+  // What this rank met that ends the ring. `remote`: another rank may have more to say about it.
+  struct Trouble {
+    std::string text;
+    bool remote;
+  };
+
+  NcclId share_id(const std::function<void()>& on_idle);
+  void finish_on_control(Ticket ticket, const std::function<void()>& on_idle);
+  void meet(const std::function<void()>& on_idle);
+  std::vector<int> others() const;
+
+  Ticket post(const std::vector<Send>& sends, const std::vector<Recv>& recvs, Stream stream);
+  void describe(Flight& flight, const std::vector<Send>& sends,
+                const std::vector<Recv>& recvs) const;
+  void make_room();
+  void settle(const std::function<void()>& on_idle);
+  void count(const std::vector<Send>& sends, const std::vector<Recv>& recvs);
+
+  void trouble(const std::exception& error);
+  [[noreturn]] void raise();
+  bool over() const;  // needs mutex_
+  void await_end();
+
+  // The watching thread's, in nccl_watch.cpp.
+  void start();
+  void watch() noexcept;
+  void look();
+  void check_control();
+  void check_trouble();
+  void check_deadline();
+  void check_closing();
+  [[noreturn]] void report(const Trouble& trouble, Kind kind = Kind::kTransport);
+  void end(Failure failure, bool in_peace) noexcept;
+  bool end_communicator(bool in_peace);
+  bool flush();
+
+  // How long NCCL may take to end before nobody waits for it any more.
+  Clock::duration grace() const;
+  std::string me() const { return concat("rank ", rank_, " of ", world_size_); }
+
+  const int rank_;
+  const int world_size_;
+  const std::chrono::milliseconds timeout_, control_timeout_;
+  const std::unique_ptr<Transport> control_;
+  const Device device_;
+  std::unique_ptr<OwnStream> stream_;
+  Flights flights_;
+
+  std::mutex calls_;  // held while the communicator is called and the stream is given work
+  NcclComm comm_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::atomic<State> state_{State::kOpen};  // written under mutex_
+  std::optional<Failure> failure_;
+  std::optional<Trouble> trouble_;
+  Clock::time_point ending_since_;
+  bool poked_ = false;
+  bool gone_ = false;  // the watching thread
+  Stats stats_;
+
+  std::optional<Clock::time_point> asked_;  // the watching thread's own
+
+  std::mutex closing_;
+  bool closed_ = false;
+  std::thread thread_;
+};
+
+}  // namespace ringkern

@@ -1,0 +1,218 @@
+// The thread that watches a ring over NCCL, which itself says nothing when a peer is gone: a kernel
+// waits on the GPU, for ever. What ends the ring is seen here, told to the other ranks over the
+// control ring, and only then is the communicator ended: NCCL wants all ranks to do it.
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <thread>
+#include <utility>
+
+#include "nccl_core.h"
+
+namespace ringkern {
+namespace {
+
+// How often the thread looks, and how often when a caller waits for it to close.
+constexpr std::chrono::milliseconds kTick{20};
+constexpr std::chrono::milliseconds kClosingTick{1};
+
+// NCCL notices that a peer is gone about when the control ring does. The control ring knows who; it
+// gets this long to say it.
+constexpr std::chrono::milliseconds kNews{1000};
+
+constexpr std::chrono::milliseconds kGrace{5000};
+
+void pause() { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
+
+Failure failure_from(const TransportError& error) {
+  Kind kind = Kind::kTransport;
+  if (dynamic_cast<const TimeoutError*>(&error)) kind = Kind::kTimeout;
+  if (dynamic_cast<const AuthenticationError*>(&error)) kind = Kind::kAuthentication;
+  if (dynamic_cast<const ProtocolError*>(&error)) kind = Kind::kProtocol;
+  return {kind, error.origin, error.what()};
+}
+
+}  // namespace
+
+Clock::duration NcclCore::grace() const { return std::min<Clock::duration>(timeout_, kGrace); }
+
+void NcclCore::start() {
+  // Signals are for the program's own threads.
+  sigset_t all, before;
+  ::sigfillset(&all);
+  ::pthread_sigmask(SIG_SETMASK, &all, &before);
+  thread_ = std::thread([self = shared_from_this()] { self->watch(); });
+  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  ::pthread_setname_np(thread_.native_handle(), "ringkern-nccl");
+}
+
+void NcclCore::watch() noexcept {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (state_ != State::kOver) {
+    const auto tick = state_ == State::kClosing ? kClosingTick : kTick;
+    changed_.wait_for(lock, tick, [this] { return poked_; });
+    poked_ = false;
+    lock.unlock();
+    try {
+      look();
+    } catch (const TransportError& error) {
+      end(failure_from(error), false);
+    } catch (const std::exception& error) {
+      end({Kind::kTransport, rank_, concat("rank ", rank_, " failed: ", error.what())}, false);
+    }
+    lock.lock();
+  }
+  gone_ = true;
+  changed_.notify_all();
+}
+
+void NcclCore::look() {
+  check_control();
+  check_trouble();
+  try {
+    const Device::Use use(device_);
+    flights_.reap();
+    comm_.settled();
+    check_deadline();
+  } catch (const NcclError& error) {
+    trouble(error);
+    check_trouble();
+  } catch (const CudaError& error) {
+    trouble(error);
+    check_trouble();
+  }
+  if (state_ == State::kClosing) check_closing();
+}
+
+// ---- what ends the ring
+
+void NcclCore::check_control() { control_->wait(control_->exchange({}, {}, 0), 0); }
+
+void NcclCore::check_trouble() {
+  std::optional<Trouble> trouble;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    trouble = trouble_;
+  }
+  if (trouble) report(*trouble);
+}
+
+void NcclCore::check_deadline() {
+  const auto now = Clock::now();
+  const auto oldest = flights_.oldest();
+  if (asked_) {
+    if (now < *asked_ + control_timeout_ + kNews) return;
+    report({concat("NCCL: ", oldest ? oldest->text : "a late exchange",
+                   ", and the control ring does not know why"),
+            false},
+           Kind::kTimeout);
+  }
+  if (!oldest || oldest->age < timeout_) return;
+  if (oldest->peers.empty()) report({concat("NCCL: ", oldest->text), false}, Kind::kTimeout);
+  // A message that nobody sends: whoever waits asks, so the rank that nobody can answer for is the
+  // one that does not. The control ring's own deadlines find it, and tell all ranks.
+  std::vector<Recv> recvs;
+  for (const int peer : oldest->peers) recvs.push_back({peer, nullptr, 0});
+  asked_ = now;
+  control_->exchange({}, recvs, 0);
+}
+
+// Tells the other ranks, and raises what all of them raise: another rank may have been first.
+void NcclCore::report(const Trouble& trouble, Kind kind) {
+  const auto end = Clock::now() + kNews;
+  while (trouble.remote && Clock::now() < end) {
+    check_control();
+    pause();
+  }
+  control_->abort(trouble.text);
+  Failure failure{kind, rank_, concat("rank ", rank_, " failed: ", trouble.text)};
+  try {
+    check_control();
+  } catch (const TransportError& error) {
+    failure = failure_from(error);
+    // An abort brings the origin and the words.
+    if (failure.origin == rank_) failure.kind = kind;
+  }
+  failure.raise();
+}
+
+// ---- ending
+
+void NcclCore::check_closing() {
+  if (flights_.awaited()) return;
+  Failure closed{Kind::kTransport, rank_, concat(me(), " has closed this ring")};
+  const std::size_t open = flights_.size();
+  if (open > 0) control_->abort(concat("it closed the ring with exchanges open: ", open));
+  end(std::move(closed), open == 0);
+}
+
+void NcclCore::end(Failure failure, bool in_peace) noexcept {
+  try {
+    const Device::Use use(device_);
+    const auto oldest = flights_.oldest();
+    if (oldest && failure.origin != rank_)
+      failure.text += concat(". On rank ", rank_, " NCCL was at ", oldest->text);
+  } catch (const CudaError&) {
+  }
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    failure_ = std::move(failure);
+    state_ = State::kEnding;
+    ending_since_ = Clock::now();
+    changed_.notify_all();
+  }
+  bool idle = false;
+  try {
+    const Device::Use use(device_);
+    idle = end_communicator(in_peace);
+    if (idle) flights_.clear();
+  } catch (const CudaError&) {
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  state_ = State::kOver;
+  changed_.notify_all();
+}
+
+// Whether nothing runs on the GPU any more. When a caller does not come back from NCCL, the
+// communicator is left as it is: to free what that call uses would be worse.
+bool NcclCore::end_communicator(bool in_peace) {
+  auto end = Clock::now() + grace();
+  std::unique_lock<std::mutex> calls(calls_, std::defer_lock);
+  while (!calls.try_lock()) {
+    if (Clock::now() > end) return false;
+    pause();
+  }
+  if (!in_peace || !flush()) {
+    try {
+      comm_.abort();
+    } catch (const NcclError&) {
+      // It is gone all the same; what it left behind shows on the stream.
+    }
+  }
+  end = Clock::now() + grace();
+  while (!stream_->idle()) {
+    if (Clock::now() > end) return false;
+    pause();
+  }
+  return true;
+}
+
+// Lets what this rank sent reach the others, and ends the communicator.
+bool NcclCore::flush() {
+  const auto end = Clock::now() + grace();
+  try {
+    comm_.finalize();
+    while (!comm_.settled()) {
+      if (Clock::now() > end) return false;
+      pause();
+    }
+    comm_.destroy();
+    return true;
+  } catch (const NcclError&) {
+    return false;
+  }
+}
+
+}  // namespace ringkern

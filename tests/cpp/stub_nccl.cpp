@@ -1,0 +1,398 @@
+// An NCCL whose ranks are threads of one process, on top of the stub driver: messages match by pair
+// and order, unequal sizes never match, and nothing ends by itself.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "stub_gpu.h"
+
+namespace {
+
+constexpr int kSystemError = 2, kInvalidArgument = 4, kInvalidUsage = 5, kInProgress = 7;
+
+struct Part {
+  bool is_send;
+  int peer;
+  char* data;
+  std::size_t nbytes;
+};
+
+// A message that the GPU has come to; shared with the work that waits for it.
+struct Posted {
+  char* data;
+  std::size_t nbytes;
+  bool done = false;
+};
+using PostedPtr = std::shared_ptr<Posted>;
+
+// Used by streams' work only, which the driver runs under its mutex.
+struct Clique {
+  std::map<std::pair<int, int>, std::deque<PostedPtr>> sends, recvs;  // by source, destination
+};
+
+struct Comm {
+  int rank, ranks;
+  std::string id;
+  stub::Config config;
+  std::shared_ptr<Clique> clique;
+  std::atomic<bool> aborted{false}, ended{false};
+  std::atomic<int> inside{0};
+  // Under the world's mutex.
+  int questions = 0;  // that are still answered with kInProgress
+  int error = 0;
+  std::function<void()> begin;  // puts the group on the stream
+};
+
+struct World {
+  std::mutex mutex;
+  std::condition_variable changed;
+  int version = 22809;
+  int progress = 0, next_id = 1;
+  std::string held;
+  std::map<std::string, std::pair<int, int>> failures;
+  std::map<std::string, int> calls;
+  std::map<std::string, std::vector<Comm*>> joined;  // by id
+  std::map<int, Comm*> latest;                       // by rank
+  std::map<int, int> errors;                         // by rank
+  std::map<int, std::vector<std::string>> messages;  // by rank
+  std::vector<std::unique_ptr<Comm>> comms;          // for ever: late calls must be noticed
+};
+
+World& world() {
+  static World* const it = new World;
+  return *it;
+}
+
+// The group that a thread is building.
+struct Group {
+  int depth = 0;
+  std::vector<Part> parts;
+  Comm* comm = nullptr;
+  void* stream = nullptr;
+};
+thread_local Group group;
+
+// Counts the call, holds it when asked to, and gives the result that was asked for.
+bool enter(const char* function, int* result) {
+  std::unique_lock<std::mutex> lock(world().mutex);
+  ++world().calls[function];
+  world().changed.wait(lock, [&] { return world().held != function; });
+  const auto found = world().failures.find(function);
+  if (found == world().failures.end() || found->second.second == 0) return false;
+  --found->second.second;
+  *result = found->second.first;
+  return true;
+}
+
+#define ENTER(function) \
+  if (int result = 0; enter(function, &result)) return result
+
+// One thread at a time, and none after the end.
+class Inside {
+ public:
+  Inside(Comm* comm, const char* function) : comm_(comm) {
+    if (comm_->inside++ > 0) stub::violate(std::string(function) + " beside another call");
+    if (comm_->ended) stub::violate(std::string(function) + " after the communicator's end");
+  }
+  ~Inside() { --comm_->inside; }
+
+ private:
+  Comm* const comm_;
+};
+
+void match(Clique& clique, std::pair<int, int> pair) {
+  auto& sends = clique.sends[pair];
+  auto& recvs = clique.recvs[pair];
+  while (!sends.empty() && !recvs.empty() && sends.front()->nbytes == recvs.front()->nbytes) {
+    if (sends.front()->nbytes > 0) {
+      std::memcpy(recvs.front()->data, sends.front()->data, sends.front()->nbytes);
+    }
+    sends.front()->done = recvs.front()->done = true;
+    sends.pop_front();
+    recvs.pop_front();
+  }
+}
+
+void forget(std::deque<PostedPtr>& queue, const PostedPtr& what) {
+  queue.erase(std::remove(queue.begin(), queue.end(), what), queue.end());
+}
+
+// What the kernel of a group does, from its start to its end.
+stub::Work run_group(Comm* comm, const std::vector<Part>& parts) {
+  auto posted = std::make_shared<std::vector<PostedPtr>>();
+  return [comm, parts, posted] {
+    Clique& clique = *comm->clique;
+    const auto pair = [comm](const Part& part) {
+      return part.is_send ? std::make_pair(comm->rank, part.peer)
+                          : std::make_pair(part.peer, comm->rank);
+    };
+    if (posted->empty() && !comm->aborted) {
+      for (const Part& part : parts) {
+        auto it = std::make_shared<Posted>(Posted{part.data, part.nbytes});
+        (part.is_send ? clique.sends : clique.recvs)[pair(part)].push_back(it);
+        posted->push_back(std::move(it));
+      }
+    }
+    for (const Part& part : parts) match(clique, pair(part));
+    if (comm->aborted) {
+      for (std::size_t i = 0; i < posted->size(); ++i) {
+        forget((parts[i].is_send ? clique.sends : clique.recvs)[pair(parts[i])], (*posted)[i]);
+      }
+      return true;
+    }
+    return std::all_of(posted->begin(), posted->end(), [](const auto& it) { return it->done; });
+  };
+}
+
+int add(bool is_send, char* data, std::size_t count, int type, int peer, void* handle, void* on) {
+  auto* const comm = static_cast<Comm*>(handle);
+  const Inside inside(comm, is_send ? "ncclSend" : "ncclRecv");
+  if (type != 1 || peer < 0 || peer >= comm->ranks) return kInvalidArgument;
+  if (group.depth == 0) stub::violate("a message outside of a group");
+  if (group.comm && (group.comm != comm || group.stream != on)) stub::violate("a mixed group");
+  group.comm = comm;
+  group.stream = on;
+  group.parts.push_back({is_send, peer, data, count});
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  world().messages[comm->rank].push_back((is_send ? "send " : "recv ") + std::to_string(peer) +
+                                         " " + std::to_string(count));
+  return world().progress > 0 ? kInProgress : 0;
+}
+
+}  // namespace
+
+namespace stub {
+
+void reset_nccl() {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  world().version = 22809;
+  world().progress = 0;
+  world().held.clear();
+  world().failures.clear();
+  world().calls.clear();
+  world().errors.clear();
+  world().messages.clear();
+  world().latest.clear();
+  world().changed.notify_all();
+}
+
+void set_version(int version) {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  world().version = version;
+}
+
+void fail_nccl(const std::string& function, int result, int times) {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  world().failures[function] = {result, times};
+}
+
+void set_progress(int questions) {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  world().progress = questions;
+}
+
+void set_async_error(int rank, int result) {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  world().errors[rank] = result;
+}
+
+void hold(const std::string& function) {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  world().held = function;
+}
+
+void release() {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  world().held.clear();
+  world().changed.notify_all();
+}
+
+int calls(const std::string& function) {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  return world().calls[function];
+}
+
+std::vector<std::string> messages(int rank) {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  return world().messages[rank];
+}
+
+Config config(int rank) {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  return world().latest.at(rank)->config;
+}
+
+}  // namespace stub
+
+// ---- NCCL's interface
+
+extern "C" {
+
+struct UniqueId {
+  char bytes[128];
+};
+
+// ncclConfig_t of 2.28.
+struct FullConfig {
+  std::size_t size;
+  unsigned magic, version;
+  int blocking, cgaClusterSize, minCTAs, maxCTAs;
+  const char* netName;
+  int splitShare, trafficClass;
+  const char* commName;
+  int collnetEnable, CTAPolicy, shrinkShare, nvlsCTAs, nChannelsPerNetPeer, nvlinkCentricSched;
+};
+
+// For a test that has loaded the stub and is not linked with it.
+STUB_API void stub_nccl_version(int version) { stub::set_version(version); }
+STUB_API void stub_nccl_fail(const char* function, int result) {
+  stub::fail_nccl(function, result);
+}
+
+STUB_API int ncclGetVersion(int* version) {
+  ENTER("ncclGetVersion");
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  *version = world().version;
+  return 0;
+}
+
+STUB_API const char* ncclGetErrorString(int result) {
+  return result == 6 ? "remote process exited or there was a network error" : "some error";
+}
+
+STUB_API const char* ncclGetLastError(void*) { return "the stub's last words"; }
+
+STUB_API int ncclGetUniqueId(UniqueId* id) {
+  ENTER("ncclGetUniqueId");
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  std::memset(id->bytes, 0, sizeof(id->bytes));
+  const std::string text = "clique " + std::to_string(world().next_id++);
+  std::memcpy(id->bytes, text.data(), text.size());
+  id->bytes[127] = 'x';  // the last byte travels too
+  return 0;
+}
+
+STUB_API int ncclCommInitRankConfig(void** handle, int ranks, UniqueId id, int rank,
+                                    FullConfig* config) {
+  ENTER("ncclCommInitRankConfig");
+  if (id.bytes[127] != 'x') return kInvalidArgument;
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  world().comms.push_back(std::make_unique<Comm>());
+  Comm* const comm = world().comms.back().get();
+  comm->rank = rank;
+  comm->ranks = ranks;
+  comm->id = id.bytes;
+  comm->config = {config->size,
+                  config->magic,
+                  config->version,
+                  config->blocking,
+                  config->minCTAs,
+                  config->maxCTAs,
+                  config->nChannelsPerNetPeer};
+  auto& joined = world().joined[comm->id];
+  comm->clique = joined.empty() ? std::make_shared<Clique>() : joined.front()->clique;
+  joined.push_back(comm);
+  world().latest[rank] = comm;
+  *handle = comm;
+  return kInProgress;
+}
+
+STUB_API int ncclCommGetAsyncError(void* handle, int* state) {
+  ENTER("ncclCommGetAsyncError");
+  auto* const comm = static_cast<Comm*>(handle);
+  if (comm->ended) stub::violate("ncclCommGetAsyncError after the communicator's end");
+  std::function<void()> begin;
+  {
+    const std::lock_guard<std::mutex> lock(world().mutex);
+    *state = 0;
+    if (const int error = world().errors[comm->rank]) return *state = error, 0;
+    if (static_cast<int>(world().joined[comm->id].size()) < comm->ranks) *state = kInProgress;
+    if (comm->questions > 0 && --comm->questions > 0) *state = kInProgress;
+    if (*state == 0) std::swap(begin, comm->begin);
+  }
+  if (begin) begin();
+  return 0;
+}
+
+STUB_API int ncclGroupStart() {
+  ENTER("ncclGroupStart");
+  if (group.depth++ > 0) stub::violate("a group inside a group");
+  return 0;
+}
+
+STUB_API int ncclSend(const void* data, std::size_t count, int type, int peer, void* comm,
+                      void* on) {
+  ENTER("ncclSend");
+  return add(true, const_cast<char*>(static_cast<const char*>(data)), count, type, peer, comm, on);
+}
+
+#ifndef STUB_INCOMPLETE
+STUB_API int ncclRecv(void* data, std::size_t count, int type, int peer, void* comm, void* on) {
+  ENTER("ncclRecv");
+  return add(false, static_cast<char*>(data), count, type, peer, comm, on);
+}
+
+STUB_API int ncclCommRevoke(void*, int) { return kInvalidUsage; }
+#endif
+
+STUB_API int ncclGroupEnd() {
+  const Group built = std::move(group);
+  group = Group();
+  Comm* const comm = built.comm;
+  if (comm == nullptr) {
+    ENTER("ncclGroupEnd");
+    return 0;
+  }
+  const Inside inside(comm, "ncclGroupEnd");
+  ENTER("ncclGroupEnd");
+  const auto stream = reinterpret_cast<std::uintptr_t>(built.stream);
+  const auto begin = [comm, parts = built.parts, stream] {
+    stub::enqueue(stream, [comm, parts] { return run_group(comm, parts); });
+    stub::reserve(stream, false);
+  };
+  {
+    const std::lock_guard<std::mutex> lock(world().mutex);
+    if (world().progress > 0) {
+      comm->questions = world().progress;
+      comm->begin = begin;
+      stub::reserve(stream, true);
+      return kInProgress;
+    }
+  }
+  begin();
+  return 0;
+}
+
+STUB_API int ncclCommFinalize(void* handle) {
+  auto* const comm = static_cast<Comm*>(handle);
+  const Inside inside(comm, "ncclCommFinalize");
+  ENTER("ncclCommFinalize");
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  comm->questions = world().progress + 1;
+  return kInProgress;
+}
+
+STUB_API int ncclCommDestroy(void* handle) {
+  auto* const comm = static_cast<Comm*>(handle);
+  const Inside inside(comm, "ncclCommDestroy");
+  ENTER("ncclCommDestroy");
+  comm->ended = true;
+  return 0;
+}
+
+STUB_API int ncclCommAbort(void* handle) {
+  auto* const comm = static_cast<Comm*>(handle);
+  const Inside inside(comm, "ncclCommAbort");
+  ENTER("ncclCommAbort");
+  comm->ended = true;
+  comm->aborted = true;
+  return 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,361 @@
+// Rings over NCCL that fail: every rank must learn it in time and name the same rank, and nothing
+// may touch a buffer afterwards.
+
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <atomic>
+#include <chrono>
+#include <future>
+#include <memory>
+#include <vector>
+
+#include "gpu_ranks.h"
+
+using namespace ringkern;
+using Buffer = std::vector<std::uint8_t>;
+using std::chrono::milliseconds;
+
+namespace {
+
+constexpr int kRemote = 6, kInternal = 3;
+
+// Ring steps until the ring fails.
+Failure turn_until_failure(int rank, int world_size, NcclTransport& ring, Stream stream) {
+  const int next = (rank + 1) % world_size, prev = (rank + world_size - 1) % world_size;
+  // Freed on return: nothing may touch them once the failure is raised.
+  auto out = std::make_unique<Buffer>(1000), in = std::make_unique<Buffer>(1000);
+  return failure_of([&] {
+    for (;;) {
+      ring.wait(ring.exchange({{next, out->data(), 1000}}, {{prev, in->data(), 1000}}, stream),
+                stream);
+      stub::drained(stream);
+    }
+  });
+}
+
+struct Options {
+  int world_size = 3;
+  int timeout_ms = 20000;
+  int control_ms = 20000;
+};
+
+// Runs body(rank, ring, stream) on all ranks; it returns each rank's failure.
+std::vector<Failure> fail_ranks(const Options& options,
+                                const std::function<Failure(int, NcclTransport&, Stream)>& body) {
+  std::vector<Failure> failures(static_cast<std::size_t>(options.world_size));
+  Ports ports(options.world_size);
+  std::atomic<int> joined{0};
+  in_parallel(failures.size(), [&](int rank) {
+    const auto ring = join_nccl(ports, rank, nccl_options(options.timeout_ms), options.control_ms);
+    const Stream stream = stub::make_stream();
+    ++joined;
+    until([&] { return joined == options.world_size; });
+    const Failure failure = failures[static_cast<std::size_t>(rank)] = body(rank, *ring, stream);
+    // Later calls raise the same first error.
+    CHECK(failure_of([&] { ring->exchange({}, {}, stream); }).text == failure.text);
+    CHECK(failure_of([&] { ring->wait(1, stream); }).text == failure.text);
+    ring->abort("something else");
+    CHECK(failure_of([&] { ring->exchange({}, {}, stream); }).text == failure.text);
+    ring->close();
+    until([&] { return stub::drained(stream); });
+    stub::destroy_stream(stream);
+  });
+  return failures;
+}
+
+void check_all(const std::vector<Failure>& failures, int origin, Kind kind,
+               const std::string& words) {
+  for (const Failure& failure : failures) {
+    CHECK(failure.origin == origin);
+    CHECK(failure.kind == kind);
+    CHECK(contains(failure.text, words));
+    CHECK(failure.text.rfind(concat("rank ", origin, " failed"), 0) == 0);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("an abort reaches every rank, and ends each communicator once") {
+  const CleanStubs clean;
+  const auto failures = fail_ranks({}, [](int rank, NcclTransport& ring, Stream stream) {
+    if (rank == 1) ring.abort("had enough");
+    return turn_until_failure(rank, 3, ring, stream);
+  });
+  check_all(failures, 1, Kind::kTransport, "rank 1 of 3 was aborted: had enough");
+  CHECK(stub::calls("ncclCommAbort") == 3);
+  CHECK(stub::calls("ncclCommDestroy") == 0);
+}
+
+TEST_CASE("an exchange that the peers never post is in the error") {
+  const CleanStubs clean;
+  std::atomic<int> posted{0};
+  const auto failures = fail_ranks({2}, [&](int rank, NcclTransport& ring, Stream stream) {
+    Buffer out(100);
+    if (rank == 0) {
+      const Ticket ticket = ring.exchange({{1, out.data(), 100}}, {}, stream);
+      ring.wait(ticket, stream);
+      CHECK(ring.settled() < ticket);
+      posted = 1;
+    } else {
+      until([&] { return posted == 1; });
+      ring.abort("no");
+    }
+    const Failure failure = failure_of([&] {
+      for (;;) ring.exchange({}, {}, stream);
+    });
+    CHECK(ring.settled() >= 1);
+    return failure;
+  });
+  check_all(failures, 1, Kind::kTransport, "rank 1 of 2 was aborted: no");
+  CHECK(
+      contains(failures[0].text,
+               ". On rank 0 NCCL was at exchange 2 (100 bytes to and 0 bytes from rank 1), open"));
+}
+
+TEST_CASE("a call of NCCL that fails ends the ring, with NCCL's words") {
+  for (const char* function : {"ncclGroupStart", "ncclRecv", "ncclSend", "ncclGroupEnd"}) {
+    CAPTURE(function);
+    const CleanStubs clean;
+    const auto failures = fail_ranks({}, [&](int rank, NcclTransport& ring, Stream stream) {
+      if (rank == 2) {
+        stub::fail_nccl(function, kInternal);
+      } else {
+        // Posts nothing until the ring has failed, so that the failure is rank 2's.
+        return failure_of([&] {
+          for (;;) ring.wait(ring.exchange({}, {}, stream), stream);
+        });
+      }
+      return turn_until_failure(rank, 3, ring, stream);
+    });
+    check_all(failures, 2, Kind::kTransport,
+              concat("NCCL 2.28.9: ", function, " failed: some error (the stub's last words)"));
+    CHECK(stub::calls("ncclCommAbort") == 3);
+  }
+}
+
+TEST_CASE("a call of the driver that fails ends the ring, with CUDA's name for it") {
+  for (const char* function : {"cuEventQuery", "cuEventRecord", "cuStreamWaitEvent"}) {
+    CAPTURE(function);
+    const CleanStubs clean;
+    const auto failures = fail_ranks({1}, [&](int rank, NcclTransport& ring, Stream stream) {
+      stub::fail(function, 700, 1);
+      return turn_until_failure(rank, 1, ring, stream);
+    });
+    check_all(failures, 0, Kind::kTransport,
+              concat(function, " failed with CUDA_ERROR_ILLEGAL_ADDRESS (700)"));
+  }
+}
+
+TEST_CASE("an error that NCCL meets by itself ends the ring") {
+  const CleanStubs clean;
+  const auto failures = fail_ranks({}, [](int rank, NcclTransport& ring, Stream stream) {
+    if (rank == 2) stub::set_async_error(2, kInternal);
+    return turn_until_failure(rank, 3, ring, stream);
+  });
+  check_all(failures, 2, Kind::kTransport, "NCCL 2.28.9: the communicator failed: some error");
+}
+
+TEST_CASE("when NCCL says that some peer is gone, the control ring says which") {
+  for (const bool known : {true, false}) {
+    CAPTURE(known);
+    const CleanStubs clean;
+    const auto start = std::chrono::steady_clock::now();
+    const auto failures = fail_ranks({}, [&](int rank, NcclTransport& ring, Stream stream) {
+      if (rank == 0) stub::set_async_error(0, kRemote);
+      if (rank == 2 && known) {
+        until_watched(10);
+        ring.abort("died");
+      }
+      return turn_until_failure(rank, 3, ring, stream);
+    });
+    if (known) {
+      check_all(failures, 2, Kind::kTransport, "rank 2 of 3 was aborted: died");
+    } else {
+      check_all(failures, 0, Kind::kTransport, "remote process exited or there was a network err");
+      CHECK(std::chrono::steady_clock::now() - start >= milliseconds(1000));
+    }
+  }
+}
+
+TEST_CASE("a rank that never posts is blamed by all, itself too") {
+  const CleanStubs clean;
+  const auto start = std::chrono::steady_clock::now();
+  const auto failures =
+      fail_ranks({4, 500, 1500}, [](int rank, NcclTransport& ring, Stream stream) {
+        if (rank != 2) return turn_until_failure(rank, 4, ring, stream);
+        return failure_of([&] {
+          for (;;) ring.wait(ring.exchange({}, {}, stream), stream);
+        });
+      });
+  check_all(failures, 2, Kind::kTimeout, "Rank 2 is alive but has not posted its side");
+  CHECK(std::chrono::steady_clock::now() - start < milliseconds(5000));
+}
+
+TEST_CASE("the deadline counts from when the GPU could begin") {
+  const CleanStubs clean;
+  const Gate gate;
+  const auto failures = fail_ranks({1, 100, 500}, [&](int, NcclTransport& ring, Stream stream) {
+    int out = 7, in = 0;
+    const auto start = std::chrono::steady_clock::now();
+    gate.put(stream);
+    const Ticket ticket = ring.exchange({{0, &out, 4}}, {{0, &in, 4}}, stream);
+    until([&] { return std::chrono::steady_clock::now() - start > milliseconds(300); });
+    until_watched(2);
+    ring.wait(ticket, stream);
+    gate.open();
+    sync(stream);
+    CHECK(in == 7);
+    // And then it does count, also while NCCL itself is at work; there is nobody to ask.
+    stub::set_progress(1 << 30);
+    return failure_of([&] { ring.exchange({{0, &out, 4}}, {{0, &in, 4}}, stream); });
+  });
+  check_all(failures, 0, Kind::kTimeout,
+            "NCCL: exchange 3 (4 bytes to and 4 bytes from this rank), open for 0.");
+}
+
+TEST_CASE("a rank that cannot connect is named by all") {
+  for (const char* function : {"ncclGetUniqueId", "ncclCommInitRankConfig"}) {
+    CAPTURE(function);
+    const CleanStubs clean;
+    stub::fail_nccl(function, kInternal);
+    Ports ports(3);
+    std::vector<Failure> failures(3);
+    in_parallel(3, [&](int rank) {
+      failures[static_cast<std::size_t>(rank)] =
+          failure_of([&] { join_nccl(ports, rank, nccl_options()); });
+    });
+    check_all(failures, failures[0].origin, Kind::kTransport,
+              concat("NCCL 2.28.9: ", function, " failed: some error"));
+  }
+}
+
+TEST_CASE("a rank that comes to the control ring only is named by all") {
+  const CleanStubs clean;
+  Ports ports(3);
+  std::vector<Failure> failures(2);
+  std::unique_ptr<Transport> control;
+  auto idler = std::async(std::launch::async, [&] {
+    control = ports.join(2, test_options(1, false, 1500));
+    // Takes the id, and does no more.
+    Buffer id(128);
+    control->wait(control->exchange({}, {{0, id.data(), 128}}, 0), 0);
+  });
+  in_parallel(2, [&](int rank) {
+    failures[static_cast<std::size_t>(rank)] =
+        failure_of([&] { join_nccl(ports, rank, nccl_options(300), 1500); });
+  });
+  idler.get();
+  check_all(failures, 2, Kind::kTimeout, "Rank 2 is alive but has not posted its side");
+}
+
+TEST_CASE("a caller can give up while it connects") {
+  struct GivenUp {};
+  const CleanStubs clean;
+  Ports ports(2);
+  auto other = std::async(std::launch::async,
+                          [&] { return failure_of([&] { join_nccl(ports, 0, nccl_options()); }); });
+  const auto control = ports.join(1, test_options());
+  control->abort("gave up");
+  const Failure failure = other.get();
+  CHECK(failure.origin == 1);
+  Ports alone(2);
+  auto options = nccl_options();
+  options.on_idle = [] { throw GivenUp{}; };
+  auto joining = std::async(std::launch::async,
+                            [&] { CHECK_THROWS_AS(join_nccl(alone, 0, options), GivenUp); });
+  const auto second = alone.join(1, test_options());
+  joining.get();
+  CHECK(failure_of([&] {
+          for (;;) second->wait(second->exchange({}, {}, 0), 0);
+        }).origin == 0);
+}
+
+TEST_CASE("leaving with an exchange that nobody waits for fails the others") {
+  const CleanStubs clean;
+  Ports ports(2);
+  in_parallel(2, [&](int rank) {
+    const auto ring = join_nccl(ports, rank, nccl_options());
+    const Stream stream = stub::make_stream();
+    auto out = std::make_unique<Buffer>(100);
+    if (rank == 0) {
+      ring->exchange({{1, out->data(), 100}}, {}, stream);
+      ring->close();
+      out.reset();
+    } else {
+      const Failure failure = turn_until_failure(1, 2, *ring, stream);
+      CHECK(failure.origin == 0);
+      CHECK(contains(failure.text, "it closed the ring with exchanges open: 1"));
+    }
+    ring->close();
+    until([&] { return stub::drained(stream); });
+    stub::destroy_stream(stream);
+  });
+  CHECK(stub::calls("ncclCommAbort") == 2);
+}
+
+TEST_CASE("a caller that does not come back from NCCL keeps nobody else waiting") {
+  const CleanStubs clean;
+  Ports ports(1);
+  const auto ring = join_nccl(ports, 0, nccl_options(300), 300);
+  const Stream stream = stub::make_stream();
+  int out = 1, in = 0;
+  stub::hold("ncclGroupEnd");
+  auto stuck = std::async(std::launch::async, [&] {
+    return failure_of([&] { ring->exchange({{0, &out, 4}}, {{0, &in, 4}}, stream); });
+  });
+  until([] { return stub::calls("ncclGroupEnd") == 1; });
+  const auto start = std::chrono::steady_clock::now();
+  const Failure failure = failure_of([&] { ring->exchange({}, {}, stream); });
+  CHECK(failure.kind == Kind::kTimeout);
+  ring->close();
+  CHECK(std::chrono::steady_clock::now() - start < milliseconds(3000));
+  // Its buffers may still be used, and its communicator is left as it is.
+  CHECK(ring->settled() == 1);
+  CHECK(stub::calls("ncclCommAbort") == 0);
+  stub::release();
+  CHECK(stuck.get().text == failure.text);
+  sync(stream);
+  stub::destroy_stream(stream);
+}
+
+TEST_CASE("an abort that does not return keeps nobody waiting") {
+  const CleanStubs clean;
+  {
+    Ports ports(1);
+    const auto ring = join_nccl(ports, 0, nccl_options(200), 200);
+    stub::hold("ncclCommAbort");
+    const auto start = std::chrono::steady_clock::now();
+    ring->abort("enough");
+    CHECK(contains(failure_of([&] { ring->exchange({}, {}, 0); }).text, "enough"));
+    ring->close();
+    CHECK(std::chrono::steady_clock::now() - start < milliseconds(3000));
+    CHECK(stub::contexts_retained() == 1);
+  }
+  stub::release();
+  // The thread that was left behind gives back what it kept.
+  until([] { return stub::contexts_retained() == 0; });
+}
+
+TEST_CASE("a GPU that cannot be used is refused; a new ring works afterwards") {
+  const CleanStubs clean;
+  for (const char* function : {"cuDevicePrimaryCtxRetain", "cuStreamCreateWithPriority"}) {
+    stub::fail(function, 700);
+    Ports ports(1);
+    CHECK_THROWS_WITH_AS(join_nccl(ports, 0, nccl_options()),
+                         concat("GPU 0: ", function,
+                                " failed with CUDA_ERROR_ILLEGAL_ADDRESS "
+                                "(700).")
+                             .c_str(),
+                         UnsupportedError);
+  }
+  Ports ports(1);
+  const auto ring = join_nccl(ports, 0, nccl_options());
+  const Stream stream = stub::make_stream();
+  int out = 5, in = 0;
+  ring->wait(ring->exchange({{0, &out, 4}}, {{0, &in, 4}}, stream), stream);
+  sync(stream);
+  CHECK(in == 5);
+  ring->close();
+  stub::destroy_stream(stream);
+}
