@@ -32,7 +32,9 @@ FACTS = {
     "tcgen05": "matrix instructions of sm_100",
     "cp_async": "asynchronous copies into shared memory",
     "tma": "bulk tensor copies",
-    "loop": "instructions of the loop over blocks: per tile, all warps the same",
+    "loop": "instructions of the loop over blocks: per block, all warps the same",
+    "masked_loop": "the same of the longest such loop, the one under a mask where there are two",
+    "unpipelined": "loops over blocks without an asynchronous copy",
     "serialized": "ptxas put a wait behind every wgmma",
 }
 PTX = {
@@ -42,7 +44,9 @@ PTX = {
     "cp_async": r"cp\.async\.c[ag]\.shared",
     "tma": r"cp\.async\.bulk\.tensor",
 }
-TENSOR_CORES = ("HGMMA", "HMMA", "UTCHMMA")
+# The same in SASS, by the first part of a name.
+TENSOR_CORES = {"HGMMA", "HMMA", "UTCHMMA"}
+COPIES = {"LDGSTS", "UTMALDG"}
 
 
 def listing(modules, archs):
@@ -125,11 +129,15 @@ def facts_of(ptx, sass, log):
     facts = {name: len(re.findall(pattern, ptx)) for name, pattern in PTX.items()}
     code = instructions(sass)
     names = [name for name, _, _ in code]
+    loops = block_loops(code)
+    sizes = [end - start for start, end in loops]
     return facts | {
         "registers": int(registers[1]),
         "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
         "local": sum(name.startswith(("LDL", "STL")) for name in names),
-        "loop": hot_loop(code),
+        "loop": min(sizes, default=0),
+        "masked_loop": max(sizes, default=0),
+        "unpipelined": sum(not count(code[slice(*loop)], COPIES) for loop in loops),
         "serialized": len(re.findall(r"wgmma.*serializ", log)),
     }
 
@@ -147,11 +155,16 @@ def instructions(sass):
     return code
 
 
-def hot_loop(code):
-    """Return how many instructions the loop over blocks has; 0 where there is no loop.
+def count(code, heads):
+    """Return how many of the instructions have a name that begins with one of these parts."""
+    return sum(name.partition(".")[0] in heads for name, _, _ in code)
 
-    Of the loops on tensor cores, the innermost with the fewest: the unmasked one. Where there are
-    none, the longest innermost loop.
+
+def block_loops(code):
+    """Return [start, end) of each loop over blocks: where the multiplications are.
+
+    On tensor cores, else in float32. Loops that only wait do not multiply, a loop around others is
+    not over blocks, and one with less than half the work of the busiest is something else.
     """
     place = {label: i for i, (_, labels, _) in enumerate(code) for label in labels}
     loops = {
@@ -159,12 +172,12 @@ def hot_loop(code):
         for i, (name, _, target) in enumerate(code)
         if name.startswith("BRA") and place.get(target, i) < i  # at the end it jumps to itself
     }
-    tensor = [i for i, (name, _, _) in enumerate(code) if name.split(".")[0] in TENSOR_CORES]
-    multiply = {loop for loop in loops if any(loop[0] <= i < loop[1] for i in tensor)}
-    loops = multiply or loops
-    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    sizes = [end - start for start, end in inner]
-    return (min if multiply else max)(sizes, default=0)
+    heads = TENSOR_CORES if count(code, TENSOR_CORES) else {"FFMA"}
+    work = {loop: count(code[slice(*loop)], heads) for loop in loops}
+    busy = [loop for loop in loops if 2 * work[loop] >= max(*work.values(), 2)]
+    return sorted(
+        a for a in busy if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in busy)
+    )
 
 
 def answer(job, cache):
