@@ -146,3 +146,27 @@ def test_calibration_gives_every_rank_the_same():
     profiles = run_threads(lambda ring: calibrate.measure(ring, 0.1), 3)
     assert profiles[0] == profiles[1] == profiles[2]
     assert profiles[0].link_gb_s > 0 and len(profiles[0].attend_tflops) == len(calibrate.SHAPES)
+
+
+def test_a_rank_alone_is_not_slowed_by_others():
+    """Ranks that share cores: who works while the others have nothing to do is faster."""
+    crowded = Hardware(((1, 1.0), (4096, 100.0)), 1e-6, 1e9, 26.0, 20.0)
+    shared = dataclasses.replace(crowded, alone_tflops=((1, 4.0), (4096, 200.0)))
+
+    def attend(plan, method):
+        return [cost.steps_us(plan, PAPER, p)[method][..., 0] for p in (crowded, shared)]
+
+    placement = ringkern.Placement(4)
+    placement.prefill({"a": 8192})
+    decode = placement.decode(["a"])
+    # In each step of pass_q one rank has work.
+    before, after = attend(decode, "pass_q")
+    assert ((before > 1e-3).sum(axis=1) <= 1).all()
+    assert before.sum() > 0
+    assert after == pytest.approx(before / 4, rel=1e-3, abs=1e-3)
+    # A full prefill keeps all busy for as long.
+    before, after = attend(plan_of(4, 0, 8192), "gather_kv")
+    assert after == pytest.approx(before, rel=0.05)
+    # Three ranks attend for the fourth: two others are busy, of three.
+    before, after = (us[1] for us in attend(decode, "gather_q"))
+    assert after == pytest.approx(before * (1 / 4 + 2 / 3 * 3 / 4), rel=1e-2)

@@ -31,22 +31,22 @@ def measure(ring, budget_s: float = 3.0, problem: Problem = TYPICAL, shapes=SHAP
 
     All ranks compute at once, and exchange with both neighbours at once, as they do in a call. A
     rank's figures of attention are means, so that ranks which share a core count what they wait for
-    it; of exchanges, medians. Then the mean over the ranks.
+    it; of exchanges, medians. Then the mean over the ranks. And rank 0 computes alone.
 
     Args:
         budget_s: seconds to spend, about; more on a link that is slow for the least size.
         problem: whose heads, head sizes and dtype to attend with.
         shapes: (query rows, keys) of the attention to time.
     """
-    share = budget_s / (len(shapes) + 8)
+    share = budget_s / (1.5 * len(shapes) + 8)
     ring.barrier()
-    mine = {"span_us": _mean_us(_attention(ring, 1, 1, problem), share), "attend_tflops": []}
-    per_pair = 2 * problem.nheads * (problem.headdim + problem.headdim_v)
-    for rows, keys in shapes:
-        us = _mean_us(_attention(ring, rows, keys, problem), share)
-        us = max(us - mine["span_us"], us / 10)
-        mine["attend_tflops"].append((rows, per_pair * rows * keys / us / 1e6))
-    mine["merge_gb_s"] = _merge_gb_s(problem, share)
+    mine = {"span_us": _mean_us(ring, _attention(ring, 1, 1, problem), share)}
+    mine["attend_tflops"] = _rates(ring, problem, shapes, mine["span_us"], share)
+    ring.barrier()
+    first = ring.rank == 0  # which then computes while the others stand in the barrier
+    alone = _rates(ring, problem, shapes, mine["span_us"], share / 2) if first else []
+    ring.barrier()
+    mine["merge_gb_s"] = _merge_gb_s(ring, problem, share)
     mine["latency_us"] = _exchange_us(ring, 8, share)
     mine["link_gb_s"] = _link_gb_s(ring, share)
     both = _both_us(ring, _attention(ring, 16, 1024, problem), 8, 2 * share)
@@ -58,7 +58,7 @@ def measure(ring, budget_s: float = 3.0, problem: Problem = TYPICAL, shapes=SHAP
     exchange = mine["latency_us"] + nbytes / mine["link_gb_s"] / 1e3
     lost = both.together - both.attend - mine["step_us"]
     mine["contention"] = min(1.0, max(0.0, lost / exchange))
-    ranks = [json.loads(x) for x in ring.gather_bytes(json.dumps(mine).encode())]
+    ranks = [json.loads(x) for x in ring.gather_bytes(json.dumps(mine | {"alone": alone}).encode())]
 
     def mean(pick):
         return sum(pick(rank) for rank in ranks) / len(ranks)
@@ -67,16 +67,37 @@ def measure(ring, budget_s: float = 3.0, problem: Problem = TYPICAL, shapes=SHAP
         (rows, mean(lambda r, i=i: r["attend_tflops"][i][1])) for i, (rows, _) in enumerate(shapes)
     ]
     rest = {name: mean(lambda r, n=name: r[n]) for name in mine if name != "attend_tflops"}
-    return load({"attend_tflops": rates, **rest})
+    return load({"attend_tflops": rates, "alone_tflops": ranks[0]["alone"], **rest})
 
 
-def _mean_us(call, seconds: float, least: int = 3) -> float:
+def _rates(ring, problem, shapes, span_us: float, seconds: float) -> list[tuple[int, float]]:
+    """Return (query rows, 1e12 FLOP/s) of attention of these shapes, without its fixed cost."""
+    per_pair = 2 * problem.nheads * (problem.headdim + problem.headdim_v)
+    rates = []
+    for rows, keys in shapes:
+        us = _mean_us(ring, _attention(ring, rows, keys, problem), seconds)
+        us = max(us - span_us, us / 10)
+        rates.append((rows, per_pair * rows * keys / us / 1e6))
+    return rates
+
+
+def _mean_us(ring, call, seconds: float, least: int = 3) -> float:
     call()
+    _finish(ring)
     count, start = 0, time.perf_counter()
     while count < least or time.perf_counter() < start + seconds:
         call()
         count += 1
+        if count % 64 == 0:  # so that a GPU is not given minutes of work ahead
+            _finish(ring)
+    _finish(ring)
     return (time.perf_counter() - start) / count * 1e6
+
+
+def _finish(ring) -> None:
+    """Wait for the GPU, whose work a clock of the host times only so."""
+    if ring.device.type == "cuda":
+        torch.cuda.synchronize(ring.device)
 
 
 def _attention(ring, rows, keys, problem):
@@ -84,12 +105,13 @@ def _attention(ring, rows, keys, problem):
 
     To others each time: a layer's K and V are in no cache when their turn comes.
     """
-    dtype, nheads, nheads_k = getattr(torch, problem.dtype), problem.nheads, problem.nheads_k
-    q = torch.ones(1, rows, nheads, problem.headdim, dtype=dtype)
+    nheads, nheads_k, dtype = problem.nheads, problem.nheads_k, getattr(torch, problem.dtype)
+    here = dict(dtype=dtype, device=ring.device)
+    q = torch.ones(1, rows, nheads, problem.headdim, **here)
     k_shape, v_shape = ((1, keys, nheads_k, d) for d in (problem.headdim, problem.headdim_v))
     sizes = [math.prod(shape) for shape in (k_shape, v_shape)]
     layers = max(1, COLD_BYTES // (sum(sizes) * dtype.itemsize))
-    pool = itertools.cycle(torch.ones(layers, sum(sizes), dtype=dtype).split(1))
+    pool = itertools.cycle(torch.ones(layers, sum(sizes), **here).split(1))
     run = torch.tensor([[0, 0, 0, rows, 1]]).numpy(), torch.tensor([[0, 0, 0, keys, 1]]).numpy()
     spans = tiles.make_spans(*run, tiles.UNBOUNDED, tiles.UNBOUNDED)
     work = local.prepare(spans, problem, ring.device, ring.backend(problem), rows=rows)
@@ -102,11 +124,11 @@ def _attention(ring, rows, keys, problem):
     return attend
 
 
-def _merge_gb_s(problem, seconds):
-    q = torch.randn(1, 512, problem.nheads, problem.headdim_v)
+def _merge_gb_s(ring, problem, seconds):
+    q = torch.randn(1, 512, problem.nheads, problem.headdim_v, device=ring.device)
     state = local.make_state(q, problem.headdim_v)
-    part = torch.randn_like(q), torch.zeros(1, problem.nheads, 512)
-    us = _mean_us(lambda: local.merge_(*state, *part), seconds)
+    part = torch.randn_like(q), torch.zeros(1, problem.nheads, 512, device=ring.device)
+    us = _mean_us(ring, lambda: local.merge_(*state, *part), seconds)
     return 4 * (q.numel() + part[1].numel()) / us / 1e3
 
 
@@ -150,6 +172,7 @@ def _both_us(ring, attend, nbytes, seconds):
     def step():
         start = time.perf_counter()
         attend()
+        _finish(ring)
         alone.append(time.perf_counter() - start)
         ring.barrier()
         start = time.perf_counter()
@@ -157,6 +180,7 @@ def _both_us(ring, attend, nbytes, seconds):
         attend()
         if ticket:
             ticket.wait()
+        _finish(ring)
         together.append(time.perf_counter() - start)
 
     together = []
@@ -166,7 +190,7 @@ def _both_us(ring, attend, nbytes, seconds):
 
 def _neighbours(ring, nbytes):
     """Return a function that posts an exchange with both neighbours, and returns its ticket."""
-    send, recv = torch.zeros(2, nbytes, dtype=torch.uint8)
+    send, recv = torch.zeros(2, nbytes, dtype=torch.uint8, device=ring.device)
     before, after = ((ring.rank + way) % ring.world_size for way in (-1, 1))
     return lambda: ring.post([(after, send)], [(before, recv)])
 
@@ -177,6 +201,7 @@ def _repeat(ring, call, seconds):
     def timed():
         start = time.perf_counter()
         call()
+        _finish(ring)
         return time.perf_counter() - start
 
     timed()

@@ -37,13 +37,16 @@ def block_bytes(kind: str, tokens: int, problem: Problem, partial_itemsize: int 
     return problem.batch * tokens * per_token[kind]
 
 
-def attend_us(spans: np.ndarray, problem: Problem, hardware: Hardware) -> np.ndarray:
-    """Return the time of each span, float64 [n].
+def attend_us(
+    spans: np.ndarray, problem: Problem, hardware: Hardware, alone: bool = False
+) -> np.ndarray:
+    """Return the time of each span, float64 [n]: with all ranks busy, or with this one alone.
 
     A fixed cost, and 2 * pairs * nheads * (headdim + headdim_v) FLOPs at the rate that was measured
     for so many query rows: few rows wait for K and V to be read.
     """
-    rows, rates = (np.array(x, dtype=float) for x in zip(*hardware.attend_tflops, strict=True))
+    table = hardware.alone_tflops if alone and hardware.alone_tflops else hardware.attend_tflops
+    rows, rates = (np.array(x, dtype=float) for x in zip(*table, strict=True))
     rate = np.interp(np.log(spans[:, 1] - spans[:, 0]), np.log(rows), rates)
     flops = 2.0 * tiles.counts(spans) * problem.nheads * (problem.headdim + problem.headdim_v)
     return problem.batch * flops / rate / 1e6 + hardware.span_us
@@ -64,21 +67,10 @@ def steps_us(
     sees = visibility(plan, *sides)
     ranks = _sample(plan.world_size)
     outlines = {method: [outline(method, rank, sees) for rank in ranks] for method in methods}
-    works = {
-        work: 0.0
-        for each in outlines.values()
-        for steps in each
-        for step in steps
-        for work in step.work
-    }
-    if works:
-        spans = make_spans(plan, works, sides, {})
-        times = attend_us(np.concatenate(spans), problem, hardware)
-        group = np.repeat(np.arange(len(spans)), [len(table) for table in spans])
-        works = dict(zip(works, np.bincount(group, times, len(spans)).tolist(), strict=True))
+    works = _works_us(plan, outlines, sides, problem, hardware)
     sizes = _sizes(plan, problem, partial_itemsize)
     return {
-        method: np.array(
+        method: _together(
             [
                 [_step_us(step, works, sizes, hardware) for step in together]
                 for together in zip(*each, strict=True)
@@ -86,6 +78,32 @@ def steps_us(
         )
         for method, each in outlines.items()
     }
+
+
+def _works_us(plan, outlines, sides, problem, hardware):
+    """Return (with all ranks busy, alone) of each outlined work."""
+    works = dict.fromkeys(
+        work for each in outlines.values() for steps in each for step in steps for work in step.work
+    )
+    if not works:
+        return {}
+    spans = make_spans(plan, works, sides, {})
+    group = np.repeat(np.arange(len(spans)), [len(table) for table in spans])
+    every = np.concatenate(spans)
+    both = (attend_us(every, problem, hardware, alone) for alone in (False, True))
+    sums = (np.bincount(group, us, len(spans)).tolist() for us in both)
+    return dict(zip(works, zip(*sums, strict=True), strict=True))
+
+
+def _together(steps):
+    """Return [steps, ranks, (attend, exchange)], from what _step_us() says of each rank and step.
+
+    A rank is slowed by another one for as long as that is busy as well.
+    """
+    crowded, alone, merge, exchange = np.moveaxis(np.array(steps), 2, 0)
+    busy = np.minimum(1.0, alone[:, None, :] / np.maximum(alone, 1e-9)[:, :, None])
+    share = (busy.sum(axis=2) - busy.diagonal(axis1=1, axis2=2)) / max(1, alone.shape[1] - 1)
+    return np.stack([alone + share * (crowded - alone) + merge, exchange], axis=2)
 
 
 def _sizes(plan, problem, partial_itemsize):
@@ -101,14 +119,14 @@ def _sizes(plan, problem, partial_itemsize):
 
 
 def _step_us(step, works, sizes, hardware):
-    """Return (attend, exchange) of one outlined step on one rank."""
-    attend = sum(works[work] for work in step.work)
+    """Return (attend in a crowd, attend alone, merge, exchange) of an outlined step on a rank."""
+    crowded, alone = (sum(works[work][i] for work in step.work) for i in (0, 1))
     sent, received = (sum(sizes[k][r] for _, k, r in side) for side in (step.sends, step.recvs))
     exchange = 0.0
     if step.sends or step.recvs:
         exchange = hardware.latency_us + max(sent, received) / hardware.link_gb_s / 1e3
     merged = sum(sizes[kind][rank] for _, kind, rank in step.recvs if kind == "part")
-    return attend + merged / hardware.merge_gb_s / 1e3, exchange
+    return crowded, alone, merged / hardware.merge_gb_s / 1e3, exchange
 
 
 def predict_us(

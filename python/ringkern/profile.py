@@ -30,9 +30,13 @@ def load(profile: "Hardware | str | pathlib.Path | dict") -> Hardware:
     needed = {field.name for field in fields if field.default is dataclasses.MISSING}
     fits = needed <= set(profile) <= names
     check(fits, "profile", f"the keys {sorted(names)}", sorted(profile))
-    rates = tuple(sorted((int(rows), float(rate)) for rows, rate in profile["attend_tflops"]))
-    values = {name: float(value) for name, value in profile.items() if name != "attend_tflops"}
-    above = [rate for _, rate in rates] + [values[name] for name in needed & set(values)]
-    ok = rates and min(above) > 0 and min(values.values()) >= 0
+    rates = {
+        name: tuple(sorted((int(rows), float(rate)) for rows, rate in profile.get(name, ())))
+        for name in ("attend_tflops", "alone_tflops")
+    }
+    values = {name: float(value) for name, value in profile.items() if name not in rates}
+    above = [rate for table in rates.values() for _, rate in table]
+    above += [values[name] for name in needed & set(values)]
+    ok = rates["attend_tflops"] and min(above) > 0 and min(values.values()) >= 0
     check(ok, "profile", "numbers above 0", profile)
-    return Hardware(attend_tflops=rates, **values)
+    return Hardware(**rates, **values)

@@ -100,7 +100,7 @@ class Problem:
 class Hardware:
     """A ring's profile: what `ringkern calibrate` measures, and what predictions are made from.
 
-    Per rank, with all ranks busy.
+    Per rank, with all ranks busy where nothing else is said.
     """
 
     attend_tflops: tuple[tuple[int, float], ...]  # (query rows, 1e12 FLOP/s) of spans, ascending
@@ -110,3 +110,5 @@ class Hardware:
     latency_us: float  # of an exchange of nothing much
     step_us: float = 0.0  # by how much ranks fall out of step in one that works so long
     contention: float = 0.0  # how much of the time that messages travel they take from work
+    # Like attend_tflops, of one busy rank: more where ranks share cores or memory. (): as much.
+    alone_tflops: tuple[tuple[int, float], ...] = ()
