@@ -14,8 +14,11 @@
 #include <vector>
 
 #include "crc32c.h"
+#include "cuda.h"
 #include "error.h"
 #include "handshake.h"
+#include "nccl.h"
+#include "nccl_library.h"
 #include "sha256.h"
 #include "socket.h"
 #include "tcp.h"
@@ -31,6 +34,8 @@ using Entry = std::tuple<int, std::uintptr_t, std::size_t>;  // peer, pointer, n
 // Ctrl-C is looked for this often in calls that wait.
 constexpr std::chrono::milliseconds kSlice{100};
 
+constexpr char kDriver[] = "libcuda.so.1";
+
 void check_signals() {
   const py::gil_scoped_acquire gil;
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -41,32 +46,45 @@ Bytes to_bytes(const py::bytes& bytes) {
   return Bytes(view.begin(), view.end());
 }
 
-// What Python holds. `transport` never changes, so that threads may share it.
-class Tcp {
+std::chrono::milliseconds to_ms(const char* what, double seconds) {
+  check(seconds > 0 && seconds < 1e9, what, "more than 0", seconds);
+  return std::chrono::ceil<std::chrono::milliseconds>(std::chrono::duration<double>(seconds));
+}
+
+// What Python holds of a ring: the ring itself, or the host side of another. It changes only when a
+// ring of GPUs takes it over, until when no other thread may have it.
+class Link {
  public:
-  Tcp(Listener& listener, int rank, const std::vector<std::string>& addresses,
-      const py::bytes& ring_id, const py::bytes& secret, double timeout_s, int lanes, bool checksum)
-      : rank(rank), world_size(static_cast<int>(addresses.size())) {
-    RingId id;
-    const Bytes id_bytes = to_bytes(ring_id);
-    check(id_bytes.size() == id.size(), "ring_id", "16 bytes", id_bytes.size());
-    std::copy(id_bytes.begin(), id_bytes.end(), id.begin());
-    check(timeout_s > 0 && timeout_s < 1e9, "timeout_s", "more than 0", timeout_s);
-    Bytes key = to_bytes(secret);
-    TcpOptions options;
-    options.timeout =
-        std::chrono::ceil<std::chrono::milliseconds>(std::chrono::duration<double>(timeout_s));
-    options.lanes = lanes;
-    options.checksum = checksum;
-    options.on_idle = check_signals;
+  Link(std::unique_ptr<Transport> owned, int rank, int world_size)
+      : rank(rank), world_size(world_size), owned_(std::move(owned)), transport_(owned_.get()) {}
+  Link(Transport& borrowed, int rank, int world_size)
+      : rank(rank), world_size(world_size), transport_(&borrowed) {}
+
+  // Closing can wait for the ring's threads. They never need the GIL, but others do.
+  ~Link() {
     const py::gil_scoped_release nogil;
-    transport = make_tcp(listener.take(), rank, addresses, id, std::move(key), options);
+    owned_.reset();
   }
 
-  // Closing can wait for the loop's thread. That thread never needs the GIL, but others do.
-  ~Tcp() {
-    const py::gil_scoped_release nogil;
-    transport.reset();
+  Transport& transport() const {
+    check(transport_ != nullptr, "ring", "one that can be used", "one that another took over");
+    return *transport_;
+  }
+
+  DeviceTransport& device() const {
+    auto* const device = dynamic_cast<DeviceTransport*>(&transport());
+    check(device != nullptr, "ring", "a ring of GPUs", "a ring for host memory");
+    return *device;
+  }
+
+  std::unique_ptr<Link> host() const {
+    return std::make_unique<Link>(device().host(), rank, world_size);
+  }
+
+  std::unique_ptr<Transport> take() {
+    check(owned_ != nullptr, "ring", "one that owns its connections", "another");
+    transport_ = nullptr;
+    return std::move(owned_);
   }
 
   Ticket exchange(const std::vector<Entry>& sends, const std::vector<Entry>& recvs, Stream stream) {
@@ -81,13 +99,13 @@ class Tcp {
       in.push_back({peer, reinterpret_cast<void*>(pointer), nbytes});
     }
     const py::gil_scoped_release nogil;
-    return transport->exchange(out, in, stream);
+    return transport().exchange(out, in, stream);
   }
 
   std::pair<std::int64_t, std::int64_t> wait(Ticket ticket, Stream stream) {
     const py::gil_scoped_release nogil;
-    while (!transport->poll(ticket, kSlice)) check_signals();
-    const Times times = transport->wait(ticket, stream);
+    while (!transport().poll(ticket, kSlice)) check_signals();
+    const Times times = transport().wait(ticket, stream);
     return {times.posted_ns, times.done_ns};
   }
 
@@ -95,7 +113,7 @@ class Tcp {
     Stats stats;
     {
       const py::gil_scoped_release nogil;
-      stats = transport->stats();
+      stats = transport().stats();
     }
     const auto sum = [](const std::vector<std::uint64_t>& parts) {
       std::uint64_t total = 0;
@@ -115,8 +133,62 @@ class Tcp {
 
   const int rank;
   const int world_size;
-  std::unique_ptr<Transport> transport;
+
+ private:
+  std::unique_ptr<Transport> owned_;
+  Transport* transport_;
 };
+
+// ---- joining a ring
+
+std::unique_ptr<Link> join_tcp(Listener& listener, int rank,
+                               const std::vector<std::string>& addresses, const py::bytes& ring_id,
+                               const py::bytes& secret, double timeout_s, int lanes,
+                               bool checksum) {
+  RingId id;
+  const Bytes id_bytes = to_bytes(ring_id);
+  check(id_bytes.size() == id.size(), "ring_id", "16 bytes", id_bytes.size());
+  std::copy(id_bytes.begin(), id_bytes.end(), id.begin());
+  Bytes key = to_bytes(secret);
+  TcpOptions options;
+  options.timeout = to_ms("timeout_s", timeout_s);
+  options.lanes = lanes;
+  options.checksum = checksum;
+  options.on_idle = check_signals;
+  const py::gil_scoped_release nogil;
+  return std::make_unique<Link>(
+      make_tcp(listener.take(), rank, addresses, id, std::move(key), options), rank,
+      static_cast<int>(addresses.size()));
+}
+
+std::unique_ptr<Link> join_nccl(Link& control, int device, const std::string& nccl_path,
+                                const std::string& cuda_path, double timeout_s,
+                                double control_timeout_s, int min_ctas, int max_ctas,
+                                int channels_per_net_peer) {
+  NcclOptions options;
+  options.timeout = to_ms("timeout_s", timeout_s);
+  options.control_timeout = to_ms("control_timeout_s", control_timeout_s);
+  options.min_ctas = min_ctas;
+  options.max_ctas = max_ctas;
+  options.channels_per_net_peer = channels_per_net_peer;
+  options.on_idle = check_signals;
+  const py::gil_scoped_release nogil;
+  auto nccl = NcclLibrary::open(nccl_path);
+  auto driver = Driver::open(cuda_path);
+  return std::make_unique<Link>(make_nccl(control.take(), control.rank, control.world_size,
+                                          std::move(nccl), std::move(driver), device, options),
+                                control.rank, control.world_size);
+}
+
+std::pair<std::string, int> nccl_library(const std::string& path) {
+  const auto nccl = NcclLibrary::open(path);
+  return {nccl->path, nccl->version};
+}
+
+std::pair<std::string, int> cuda_driver(const std::string& path) {
+  const auto driver = Driver::open(path);
+  return {driver->path, driver->version};
+}
 
 // ---- errors
 
@@ -184,7 +256,7 @@ PYBIND11_MODULE(_C, module) {
   using namespace ringkern;
   using NoGil = py::call_guard<py::gil_scoped_release>;
 
-  module.doc() = "The C++ core: a ring of ranks that exchange bytes over TCP.";
+  module.doc() = "The C++ core: a ring of ranks that exchange bytes over TCP or NCCL.";
   errors = new Errors(py::module_::import("ringkern.errors"));
   py::register_local_exception_translator(translate);
 
@@ -193,23 +265,30 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("address", &Listener::address)
       .def("close", &Listener::close);
 
-  py::class_<Tcp>(module, "Tcp")
-      .def(py::init<Listener&, int, const std::vector<std::string>&, const py::bytes&,
-                    const py::bytes&, double, int, bool>(),
-           py::arg("listener"), py::arg("rank"), py::arg("addresses"), py::arg("ring_id"),
-           py::arg("secret"), py::arg("timeout_s"), py::arg("lanes") = 1,
-           py::arg("checksum") = false)
-      .def("exchange", &Tcp::exchange, py::arg("sends"), py::arg("recvs"), py::arg("stream") = 0)
-      .def("wait", &Tcp::wait, py::arg("ticket"), py::arg("stream") = 0)
+  py::class_<Link>(module, "Link")
+      .def("exchange", &Link::exchange, py::arg("sends"), py::arg("recvs"), py::arg("stream") = 0)
+      .def("wait", &Link::wait, py::arg("ticket"), py::arg("stream") = 0)
       .def(
-          "abort", [](Tcp& tcp, const std::string& reason) { tcp.transport->abort(reason); },
+          "settled", [](Link& link) { return link.device().settled(); }, NoGil())
+      .def("host", &Link::host, py::keep_alive<0, 1>())
+      .def(
+          "abort", [](Link& link, const std::string& why) { link.transport().abort(why); },
           py::arg("reason"), NoGil())
       .def(
-          "close", [](Tcp& tcp) { tcp.transport->close(); }, NoGil())
-      .def("stats", &Tcp::stats)
-      .def_readonly("rank", &Tcp::rank)
-      .def_readonly("world_size", &Tcp::world_size);
+          "close", [](Link& link) { link.transport().close(); }, NoGil())
+      .def("stats", &Link::stats)
+      .def_readonly("rank", &Link::rank)
+      .def_readonly("world_size", &Link::world_size);
 
+  module.def("join_tcp", &join_tcp, py::arg("listener"), py::arg("rank"), py::arg("addresses"),
+             py::arg("ring_id"), py::arg("secret"), py::arg("timeout_s"), py::arg("lanes") = 1,
+             py::arg("checksum") = false);
+  module.def("join_nccl", &join_nccl, py::arg("control"), py::arg("device"),
+             py::arg("nccl_path") = "", py::arg("cuda_path") = kDriver, py::arg("timeout_s"),
+             py::arg("control_timeout_s"), py::arg("min_ctas") = 0, py::arg("max_ctas") = 0,
+             py::arg("channels_per_net_peer") = 0);
+  module.def("nccl_library", &nccl_library, py::arg("path") = "", NoGil());
+  module.def("cuda_driver", &cuda_driver, py::arg("path") = kDriver, NoGil());
   module.def("interfaces", &list_interfaces);
   module.def("crc32c", &crc32c_of, py::arg("data"));
   module.def("hmac_sha256", &hmac_of, py::arg("key"), py::arg("data"));

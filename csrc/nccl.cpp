@@ -17,7 +17,7 @@ constexpr int kMostCtas = 64;
 
 // The Transport that callers see: checks what they pass, and that the process is still the one
 // that made it.
-class Nccl : public NcclTransport {
+class Nccl : public DeviceTransport {
  public:
   Nccl(std::shared_ptr<NcclCore> core, int rank, int world_size)
       : core_(std::move(core)), pid_(::getpid()), rank_(rank), world_size_(world_size) {}
@@ -69,6 +69,11 @@ class Nccl : public NcclTransport {
   Ticket settled() override {
     check_process();
     return core_->settled();
+  }
+
+  Transport& host() override {
+    check_process();
+    return core_->control();
   }
 
  private:
@@ -131,10 +136,10 @@ NcclConfig make_config(const NcclLibrary& nccl, const NcclOptions& options) {
 
 }  // namespace
 
-std::unique_ptr<NcclTransport> make_nccl(std::unique_ptr<Transport> control, int rank,
-                                         int world_size, std::shared_ptr<const NcclLibrary> nccl,
-                                         std::shared_ptr<const Driver> driver, int device,
-                                         const NcclOptions& options) {
+std::unique_ptr<DeviceTransport> make_nccl(std::unique_ptr<Transport> control, int rank,
+                                           int world_size, std::shared_ptr<const NcclLibrary> nccl,
+                                           std::shared_ptr<const Driver> driver, int device,
+                                           const NcclOptions& options) {
   check(control != nullptr, "control", "a ring", "none");
   check(world_size > 0, "world_size", "1 or more", world_size);
   check(rank >= 0 && rank < world_size, "rank", concat("0 to ", world_size - 1), rank);

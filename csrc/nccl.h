@@ -28,6 +28,10 @@ struct NcclOptions {
   std::function<void()> on_idle;
 };
 
+// Joins the ring and returns when all ranks have. `control` is a ring of the same ranks over TCP:
+// it brings the ranks together, and carries what went wrong and where to all of them. Throws what
+// Transport::wait() does, and UnsupportedError.
+//
 // On top of what Transport says:
 //
 // exchange() puts the messages on a stream of the transport's own, behind what is on the caller's
@@ -40,19 +44,9 @@ struct NcclOptions {
 // Calls are ordered by the caller: every rank posts the same exchanges in the same order.
 //
 // close() lets exchanges end for which a stream waits, and cuts off the others.
-class NcclTransport : public Transport {
- public:
-  // The newest ticket up to which no exchange touches a buffer any more. wait() says nothing about
-  // this: the GPU comes to it later. Keep the buffers of newer tickets alive, waited for or not.
-  virtual Ticket settled() = 0;
-};
-
-// Joins the ring and returns when all ranks have. `control` is a ring of the same ranks over TCP:
-// it brings the ranks together, and carries what went wrong and where to all of them. Throws what
-// Transport::wait() does, and UnsupportedError.
-std::unique_ptr<NcclTransport> make_nccl(std::unique_ptr<Transport> control, int rank,
-                                         int world_size, std::shared_ptr<const NcclLibrary> nccl,
-                                         std::shared_ptr<const Driver> driver, int device,
-                                         const NcclOptions& options);
+std::unique_ptr<DeviceTransport> make_nccl(std::unique_ptr<Transport> control, int rank,
+                                           int world_size, std::shared_ptr<const NcclLibrary> nccl,
+                                           std::shared_ptr<const Driver> driver, int device,
+                                           const NcclOptions& options);
 
 }  // namespace ringkern

@@ -45,6 +45,7 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   void abort(const std::string& reason);
   void close();
   Stats stats();
+  Transport& control() { return *control_; }
 
  private:
   // kClosing: calls are refused, and streams that wait get their data. kEnding: the communicator is

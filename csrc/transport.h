@@ -1,4 +1,5 @@
-// How one rank of a ring passes buffers to the others. Implemented by tcp.cpp.
+// How one rank of a ring passes buffers to the others. Implemented by tcp.cpp for host memory, and
+// by nccl.cpp and staging.cpp for a GPU's.
 //
 // Layering: this directory knows ranks, bytes and streams. It does not know tensors, torch,
 // attention or Python; only bind.cpp includes Python headers.
@@ -33,7 +34,7 @@ struct Recv {
 };
 
 // When an exchange was posted and when its last byte moved: CLOCK_MONOTONIC, which is what
-// Python's time.monotonic_ns() reads.
+// Python's time.monotonic_ns() reads. done_ns is 0 where wait() returns before that.
 struct Times {
   std::int64_t posted_ns = 0;
   std::int64_t done_ns = 0;
@@ -84,6 +85,19 @@ class Transport {
   virtual void close() = 0;
 
   virtual Stats stats() const = 0;
+};
+
+// A Transport whose buffers are a GPU's memory, and whose wait() makes a stream wait instead of the
+// caller where it can.
+class DeviceTransport : public Transport {
+ public:
+  // The newest ticket up to which no exchange touches a buffer any more. wait() says nothing about
+  // this: the GPU comes to it later. Keep the buffers of newer tickets alive, waited for or not.
+  virtual Ticket settled() = 0;
+
+  // The same ring for host memory: it fails when this one does, and the other way round. All ranks
+  // make their calls to both in one order. Not to be closed; it lives as long as this one.
+  virtual Transport& host() = 0;
 };
 
 }  // namespace ringkern

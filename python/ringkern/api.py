@@ -37,10 +37,14 @@ def init_ring(
         group: a torch.distributed ProcessGroup, a 1-D DeviceMesh, or a LocalGroup's member; None
             means the default process group if there is one, else torchrun's environment (RANK,
             WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
-        transport: "tcp", "local" (ranks are threads of this process), or "auto": "tcp", and
-            "local" for a LocalGroup.
-        device: None or "cpu".
+        transport: "nccl" (for GPUs), "tcp" (for GPUs by way of host memory), "local" (ranks are
+            threads of this process), or "auto": "local" for a LocalGroup, else "nccl" on GPUs where
+            every rank has it, and "tcp".
+        device: where tensors lie: "cpu", "cuda", "cuda:1"; None: the GPU that
+            torch.cuda.set_device() chose, or number LOCAL_RANK where it chose none, and the CPU
+            where there is none.
         timeout_s: seconds within which every exchange, and the making of the ring, must be over.
+            Over NCCL a rank may be late by half of it; the rest is for finding out which one is.
         secret: at least 32 bytes that every rank knows; None means RINGKERN_SECRET or
             RINGKERN_SECRET_FILE, else one that rank 0 draws and shares over the rendezvous.
         profile: for the choice of method: a file that `ringkern calibrate` wrote, or a
@@ -53,7 +57,7 @@ def init_ring(
         ArgumentError: no environment, or ranks disagree in world size or options.
         AuthenticationError: ranks have different secrets.
         TransportError: a rank or port cannot be reached, or not in time.
-        UnsupportedError: CUDA or NCCL.
+        UnsupportedError: what was asked for needs CUDA or NCCL, and a rank has none that will do.
     """
     ring = Ring(*open_transport(group, transport, device, timeout_s, secret, profile))
     if ring.transport != "local":  # threads share this list; they name their rings

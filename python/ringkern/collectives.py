@@ -33,9 +33,13 @@ class Collectives:
         self.post(sends, recvs).wait()
 
     def post(self, sends, recvs):
-        """Post raw messages, as exchange() takes them; return the ticket to wait() for."""
+        """Post raw messages, as exchange() takes them; return the ticket to wait() for.
+
+        Tensors on the ring's device, or all on the CPU, which a ring of GPUs moves beside.
+        """
         self.check_open()
-        return self._link.exchange(sends, recvs)
+        on_host = all(x.device.type == "cpu" for _, x in (*sends, *recvs))
+        return (self._link.host if on_host else self._link).exchange(sends, recvs)
 
     def gather(self, mine: torch.Tensor, shapes) -> list[torch.Tensor]:
         """Return every rank's tensor, of the shape given for it, by one exchange with all."""

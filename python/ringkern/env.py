@@ -18,6 +18,10 @@ VARIABLES = {
     "RINGKERN_IFNAME": "network interface to listen on, by name",
     "RINGKERN_LANES": "TCP connections per peer that share the data, 1 to 16; default 1",
     "RINGKERN_CHECKSUM": "1: check every payload by CRC32C",
+    "RINGKERN_NCCL_PATH": "the NCCL library to load where the process has none loaded",
+    "RINGKERN_NCCL_MIN_CTAS": "thread blocks that NCCL takes of a GPU at least; default 0: its own",
+    "RINGKERN_NCCL_MAX_CTAS": "thread blocks that NCCL takes of a GPU at most; default 0: its own",
+    "RINGKERN_NCCL_CHANNELS": "NCCL's channels to a peer on another host; default 0: its own",
     "RINGKERN_PROFILE": "a file that `ringkern calibrate` wrote, for the choice of method",
     "RINGKERN_BACKEND": "auto, triton or torch: what computes where a call says auto; default auto",
     "RINGKERN_CHECK": "1: compare the arguments of every call between ranks first",
@@ -35,9 +39,14 @@ def flag(name: str) -> bool:
 
 def lanes() -> int:
     """Return RINGKERN_LANES, 1 to 16."""
-    value = os.environ.get("RINGKERN_LANES", "1")
-    ok = value.isascii() and value.isdigit() and 1 <= int(value) <= 16
-    check(ok, "RINGKERN_LANES", "1 to 16", repr(value))
+    return whole("RINGKERN_LANES", 16, least=1)
+
+
+def whole(name: str, most: int, least: int = 0) -> int:
+    """Return a variable that is a whole number from least to most; least if it is not set."""
+    value = os.environ.get(name, str(least))
+    ok = value.isascii() and value.isdigit() and least <= int(value) <= most
+    check(ok, name, f"{least} to {most}", repr(value))
     return int(value)
 
 

@@ -1,6 +1,5 @@
 """A call made ready: its messages, views and spans, once per plan and method, for every layer."""
 
-import time
 from typing import NamedTuple
 
 import torch
@@ -135,7 +134,7 @@ class Program:
             own_kv: this rank's K and V, as the spans of its own work count them.
             state: (out, lse), both float32, as local.make_state() returns them.
         """
-        problem, now = self._problem, time.monotonic_ns
+        problem, now = self._problem, stats.now
         for step in self._steps:
             ticket = None
             if step.sends or step.recvs:

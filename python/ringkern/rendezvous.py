@@ -20,7 +20,7 @@ from ringkern.errors import (
     check,
 )
 
-RECORD_BYTES = 1024
+RECORD_BYTES = 2048
 
 
 class GroupRendezvous:

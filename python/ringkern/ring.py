@@ -30,20 +30,29 @@ class Ring(Collectives):
     Attributes:
         rank, world_size: this rank, and how many there are.
         device: where tensors must lie.
-        transport: "tcp" or "local".
+        transport: "tcp", "nccl" or "local".
     """
 
     def __init__(self, transport, device: torch.device, hardware: Hardware | None = None):
         self._link, self._hardware = transport, hardware
         self.rank, self.world_size = transport.rank, transport.world_size
         self.device, self.transport = device, transport.name
-        self._stats = Stats()
-        self._tracer = make_tracer(transport, self._stats)
+        self._stats = self._make_stats()
+        self._tracer = make_tracer(transport.host, self._stats)
         self._pool = Pool()
         self._programs: dict[tuple, Program] = {}  # of the latest plan
         self._planned: Plan | None = None  # which that is
         self.compares_arguments = env.flag("RINGKERN_CHECK")
         self._closed = False
+
+    def _make_stats(self) -> Stats:
+        if self.device.type == "cpu" or not env.trace():
+            return Stats()
+        from ringkern.device_stats import DeviceStats
+
+        stats = DeviceStats(self.device)
+        self._link.time_by(stats)
+        return stats
 
     @property
     def closed(self) -> bool:
@@ -322,7 +331,8 @@ class Ring(Collectives):
     def stats(self) -> dict:
         """Return totals since the ring was made: calls, steps, bytes, milliseconds; see Stats.
 
-        "transport" holds what the transport itself counted.
+        "transport" holds what the transport itself counted. On a ring of GPUs the milliseconds are
+        those of the host, which runs ahead, unless RINGKERN_TRACE is set: then the GPU's.
         """
         return self._stats.to_dict() | {"transport": self._link.stats()}
 

@@ -56,13 +56,15 @@ class Stats:
 
     # ---- in a call: called at every step, so tuples and ints only
 
+    now = staticmethod(time.monotonic_ns)  # what add() takes as a time
+
     def begin(self, method: str) -> None:
         """Count what follows as a call of this method, until end()."""
         record = self._methods.get(method)
         if record is None:
             record = self._methods[method] = _Method()
-        self._method, self._record, self._totals = method, record, record.steps
-        self._start_ns = time.monotonic_ns()
+        self._method, self._record = method, record
+        self._start = self.now()
 
     def count(self, nbytes: int, planned: int) -> None:
         """Count a step that sends so many bytes, where the plan said `planned`."""
@@ -70,24 +72,30 @@ class Stats:
         self.bytes_sent += nbytes
         self.bytes_planned += planned
 
-    def add(self, name: str, step: int, start_ns: int, end_ns: int, nbytes: int = 0) -> None:
-        """Record an event of the call that begin() began."""
-        totals = self._totals
+    def add(self, name: str, step: int, start: int, end: int, nbytes: int = 0) -> None:
+        """Record an event of the call that begin() began; times as now() gives them."""
+        self._enter(self._record, (name, self.calls, step, start, end, nbytes, self._method))
+
+    def end(self) -> None:
+        """Count the call as finished."""
+        self._finish(self._record, (self._method, self.calls, self._start, self.now()))
+        self._record.calls += 1
+        self.calls += 1
+
+    def _enter(self, record: _Method, event: tuple) -> None:
+        name, _, step, start_ns, end_ns, nbytes, _ = event
+        totals = record.steps
         while step >= len(totals):
             totals.append([0] * (_BYTES + 1))
         row = totals[step]
         row[_COLUMN[name]] += end_ns - start_ns
         row[_BYTES] += nbytes
         self.recorded += 1
-        self._events.append((name, self.calls, step, start_ns, end_ns, nbytes, self._method))
+        self._events.append(event)
 
-    def end(self) -> None:
-        """Count the call as finished."""
-        end_ns, record = time.monotonic_ns(), self._record
-        self._finished.append((self._method, self.calls, self._start_ns, end_ns))
-        record.call_ns += end_ns - self._start_ns
-        record.calls += 1
-        self.calls += 1
+    def _finish(self, record: _Method, call: tuple) -> None:
+        self._finished.append(call)
+        record.call_ns += call[3] - call[2]
 
     # ---- afterwards
 

@@ -78,8 +78,13 @@ class LocalTransport:
         )
         self._closed = False
 
+    @property
+    def host(self) -> "LocalTransport":
+        """The ring for host memory: this one."""
+        return self
+
     def exchange(self, sends, recvs) -> LocalTicket:
-        """Post messages: lists of (peer, contiguous tensor). See TcpTransport.exchange."""
+        """Post messages: lists of (peer, contiguous tensor). See Link.exchange()."""
         for _, tensor in (*sends, *recvs):
             check_argument(tensor.is_contiguous(), "tensor", "contiguous", "strided")
         raw = [

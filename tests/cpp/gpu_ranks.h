@@ -23,8 +23,9 @@ inline NcclOptions nccl_options(int timeout_ms = 20000) {
   return options;
 }
 
-inline std::unique_ptr<NcclTransport> join_nccl(Ports& ports, int rank, const NcclOptions& options,
-                                                int control_ms = 20000) {
+inline std::unique_ptr<DeviceTransport> join_nccl(Ports& ports, int rank,
+                                                  const NcclOptions& options,
+                                                  int control_ms = 20000) {
   auto both = options;
   both.control_timeout = std::chrono::milliseconds(control_ms);
   return make_nccl(ports.join(rank, test_options(1, false, control_ms)), rank,
@@ -81,7 +82,7 @@ struct CleanStubs {
 
 // Forms a ring, runs body(rank, ring, stream) on all ranks, and lets them leave together.
 inline void run_nccl(int world_size, const NcclOptions& options,
-                     const std::function<void(int, NcclTransport&, Stream)>& body) {
+                     const std::function<void(int, DeviceTransport&, Stream)>& body) {
   const CleanStubs clean;
   Ports ports(world_size);
   in_parallel(static_cast<std::size_t>(world_size), [&](int rank) {

@@ -62,7 +62,7 @@ TEST_CASE("messages between all ranks, and to oneself, at every world size") {
     for (const int progress : {0, 3}) {
       CAPTURE(world_size);
       CAPTURE(progress);
-      run_nccl(world_size, nccl_options(), [&](int rank, NcclTransport& ring, Stream stream) {
+      run_nccl(world_size, nccl_options(), [&](int rank, DeviceTransport& ring, Stream stream) {
         if (rank == 0) stub::set_progress(progress);
         std::vector<int> all;
         for (int peer = 0; peer < world_size; ++peer) all.push_back(peer);
@@ -86,7 +86,7 @@ TEST_CASE("the communicator does not block, its stream goes first, its options a
   options.min_ctas = 2;
   options.max_ctas = 8;
   options.channels_per_net_peer = 4;
-  run_nccl(2, options, [](int rank, NcclTransport&, Stream) {
+  run_nccl(2, options, [](int rank, DeviceTransport&, Stream) {
     const stub::Config config = stub::config(rank);
     CHECK(config.size == sizeof(NcclConfig));
     CHECK(config.magic == 0xcafebeef);
@@ -98,7 +98,7 @@ TEST_CASE("the communicator does not block, its stream goes first, its options a
     CHECK(stub::latest_priority() == -5);
     CHECK(stub::latest_flags() == 1);
   });
-  run_nccl(1, nccl_options(), [](int rank, NcclTransport&, Stream) {
+  run_nccl(1, nccl_options(), [](int rank, DeviceTransport&, Stream) {
     CHECK(stub::config(rank).min_ctas == NcclConfig::kUndefined);
     CHECK(stub::config(rank).max_ctas == NcclConfig::kUndefined);
     CHECK(stub::config(rank).channels_per_net_peer == NcclConfig::kUndefined);
@@ -138,7 +138,7 @@ TEST_CASE("options out of range are refused") {
 TEST_CASE("an exchange begins behind the caller's work, and what follows is behind it") {
   const Gate gate;
   std::atomic<bool> posted{false};
-  run_nccl(2, nccl_options(), [&](int rank, NcclTransport& ring, Stream stream) {
+  run_nccl(2, nccl_options(), [&](int rank, DeviceTransport& ring, Stream stream) {
     const int peer = 1 - rank;
     Buffer out(8), in(8, 0xee), used(8);
     if (rank == 0) gate.put(stream);
@@ -169,7 +169,7 @@ TEST_CASE("buffers are settled when the GPU has done with them, waited for or no
   for (const bool waits : {false, true}) {
     CAPTURE(waits);
     const Gate gate;
-    run_nccl(2, nccl_options(), [&](int rank, NcclTransport& ring, Stream stream) {
+    run_nccl(2, nccl_options(), [&](int rank, DeviceTransport& ring, Stream stream) {
       const int peer = 1 - rank;
       // Freed as soon as the ring says so: AddressSanitizer sees a copy that comes later.
       auto out = std::make_unique<Buffer>(pattern(100, rank));
@@ -202,7 +202,7 @@ TEST_CASE("buffers are settled when the GPU has done with them, waited for or no
 }
 
 TEST_CASE("a ticket is waited for once") {
-  run_nccl(1, nccl_options(), [](int, NcclTransport& ring, Stream stream) {
+  run_nccl(1, nccl_options(), [](int, DeviceTransport& ring, Stream stream) {
     const Gate gate;
     gate.put(stream);
     int out = 1, in = 0;
@@ -218,7 +218,7 @@ TEST_CASE("a ticket is waited for once") {
 }
 
 TEST_CASE("a caller that is far ahead of the GPU is held") {
-  run_nccl(1, nccl_options(), [](int, NcclTransport& ring, Stream stream) {
+  run_nccl(1, nccl_options(), [](int, DeviceTransport& ring, Stream stream) {
     const Gate gate;
     gate.put(stream);
     int out = 1, in = 0;
@@ -239,7 +239,7 @@ TEST_CASE("a caller that is far ahead of the GPU is held") {
 }
 
 TEST_CASE("an exchange in a graph runs with every replay") {
-  run_nccl(2, nccl_options(), [](int rank, NcclTransport& ring, Stream stream) {
+  run_nccl(2, nccl_options(), [](int rank, DeviceTransport& ring, Stream stream) {
     const int peer = 1 - rank;
     Buffer out = pattern(100, rank), in(100);
     static std::atomic<int> captured{0};
@@ -275,7 +275,7 @@ TEST_CASE("an exchange in a graph runs with every replay") {
 }
 
 TEST_CASE("exchanges in flight are watched while a thread captures something else") {
-  run_nccl(1, nccl_options(), [](int, NcclTransport& ring, Stream stream) {
+  run_nccl(1, nccl_options(), [](int, DeviceTransport& ring, Stream stream) {
     const Stream other = stub::make_stream();
     const Gate gate;
     gate.put(stream);
@@ -292,7 +292,7 @@ TEST_CASE("exchanges in flight are watched while a thread captures something els
 }
 
 TEST_CASE("while one stream captures, an exchange on another is refused and the ring goes on") {
-  run_nccl(1, nccl_options(), [](int rank, NcclTransport& ring, Stream stream) {
+  run_nccl(1, nccl_options(), [](int rank, DeviceTransport& ring, Stream stream) {
     const Stream other = stub::make_stream();
     int out = 1, in = 0;
     stub::begin_capture(stream);
@@ -307,7 +307,7 @@ TEST_CASE("while one stream captures, an exchange on another is refused and the 
 }
 
 TEST_CASE("what cannot be posted is refused before anything is") {
-  run_nccl(2, nccl_options(), [](int rank, NcclTransport& ring, Stream stream) {
+  run_nccl(2, nccl_options(), [](int rank, DeviceTransport& ring, Stream stream) {
     int word = 0;
     const auto sent = [&](int peer, void* data, std::size_t nbytes, Stream on) {
       ring.exchange({{peer, data, nbytes}}, {}, on);
@@ -336,7 +336,7 @@ TEST_CASE("what cannot be posted is refused before anything is") {
 
 TEST_CASE("leaving lets exchanges end for which a stream waits") {
   const Gate gate;
-  run_nccl(2, nccl_options(), [&](int rank, NcclTransport& ring, Stream stream) {
+  run_nccl(2, nccl_options(), [&](int rank, DeviceTransport& ring, Stream stream) {
     const int peer = 1 - rank;
     Buffer out = pattern(100, rank), in(100);
     if (rank == 1) gate.put(stream);
@@ -365,7 +365,7 @@ TEST_CASE("leaving lets exchanges end for which a stream waits") {
 
 TEST_CASE("a flush that fails or takes too long becomes an abort") {
   for (const bool fails : {false, true}) {
-    run_nccl(1, nccl_options(300), [&](int, NcclTransport& ring, Stream) {
+    run_nccl(1, nccl_options(300), [&](int, DeviceTransport& ring, Stream) {
       if (fails) stub::fail_nccl("ncclCommFinalize", 3);
       if (!fails) stub::set_progress(1 << 30);
       ring.close();
@@ -376,7 +376,7 @@ TEST_CASE("a flush that fails or takes too long becomes an abort") {
 }
 
 TEST_CASE("a ring from before fork() is refused in the child, and left alone") {
-  run_nccl(1, nccl_options(), [](int rank, NcclTransport& ring, Stream stream) {
+  run_nccl(1, nccl_options(), [](int rank, DeviceTransport& ring, Stream stream) {
     const pid_t child = ::fork();
     if (child == 0) {
       bool refused = false;
@@ -385,7 +385,7 @@ TEST_CASE("a ring from before fork() is refused in the child, and left alone") {
       } catch (const TransportError& error) {
         refused = std::string(error.what()).find("made before fork()") != std::string::npos;
       }
-      ring.~NcclTransport();
+      ring.~DeviceTransport();
       ::_exit(refused ? 0 : 1);
     }
     int status = 1;

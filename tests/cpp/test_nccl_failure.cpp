@@ -21,7 +21,7 @@ namespace {
 constexpr int kRemote = 6, kInternal = 3;
 
 // Ring steps until the ring fails.
-Failure turn_until_failure(int rank, int world_size, NcclTransport& ring, Stream stream) {
+Failure turn_until_failure(int rank, int world_size, DeviceTransport& ring, Stream stream) {
   const int next = (rank + 1) % world_size, prev = (rank + world_size - 1) % world_size;
   // Freed on return: nothing may touch them once the failure is raised.
   auto out = std::make_unique<Buffer>(1000), in = std::make_unique<Buffer>(1000);
@@ -42,7 +42,7 @@ struct Options {
 
 // Runs body(rank, ring, stream) on all ranks; it returns each rank's failure.
 std::vector<Failure> fail_ranks(const Options& options,
-                                const std::function<Failure(int, NcclTransport&, Stream)>& body) {
+                                const std::function<Failure(int, DeviceTransport&, Stream)>& body) {
   std::vector<Failure> failures(static_cast<std::size_t>(options.world_size));
   Ports ports(options.world_size);
   std::atomic<int> joined{0};
@@ -78,7 +78,7 @@ void check_all(const std::vector<Failure>& failures, int origin, Kind kind,
 
 TEST_CASE("an abort reaches every rank, and ends each communicator once") {
   const CleanStubs clean;
-  const auto failures = fail_ranks({}, [](int rank, NcclTransport& ring, Stream stream) {
+  const auto failures = fail_ranks({}, [](int rank, DeviceTransport& ring, Stream stream) {
     if (rank == 1) ring.abort("had enough");
     return turn_until_failure(rank, 3, ring, stream);
   });
@@ -90,7 +90,7 @@ TEST_CASE("an abort reaches every rank, and ends each communicator once") {
 TEST_CASE("an exchange that the peers never post is in the error") {
   const CleanStubs clean;
   std::atomic<int> posted{0};
-  const auto failures = fail_ranks({2}, [&](int rank, NcclTransport& ring, Stream stream) {
+  const auto failures = fail_ranks({2}, [&](int rank, DeviceTransport& ring, Stream stream) {
     Buffer out(100);
     if (rank == 0) {
       const Ticket ticket = ring.exchange({{1, out.data(), 100}}, {}, stream);
@@ -117,7 +117,7 @@ TEST_CASE("a call of NCCL that fails ends the ring, with NCCL's words") {
   for (const char* function : {"ncclGroupStart", "ncclRecv", "ncclSend", "ncclGroupEnd"}) {
     CAPTURE(function);
     const CleanStubs clean;
-    const auto failures = fail_ranks({}, [&](int rank, NcclTransport& ring, Stream stream) {
+    const auto failures = fail_ranks({}, [&](int rank, DeviceTransport& ring, Stream stream) {
       if (rank == 2) {
         stub::fail_nccl(function, kInternal);
       } else {
@@ -138,7 +138,7 @@ TEST_CASE("a call of the driver that fails ends the ring, with CUDA's name for i
   for (const char* function : {"cuEventQuery", "cuEventRecord", "cuStreamWaitEvent"}) {
     CAPTURE(function);
     const CleanStubs clean;
-    const auto failures = fail_ranks({1}, [&](int rank, NcclTransport& ring, Stream stream) {
+    const auto failures = fail_ranks({1}, [&](int rank, DeviceTransport& ring, Stream stream) {
       stub::fail(function, 700, 1);
       return turn_until_failure(rank, 1, ring, stream);
     });
@@ -149,7 +149,7 @@ TEST_CASE("a call of the driver that fails ends the ring, with CUDA's name for i
 
 TEST_CASE("an error that NCCL meets by itself ends the ring") {
   const CleanStubs clean;
-  const auto failures = fail_ranks({}, [](int rank, NcclTransport& ring, Stream stream) {
+  const auto failures = fail_ranks({}, [](int rank, DeviceTransport& ring, Stream stream) {
     if (rank == 2) stub::set_async_error(2, kInternal);
     return turn_until_failure(rank, 3, ring, stream);
   });
@@ -161,7 +161,7 @@ TEST_CASE("when NCCL says that some peer is gone, the control ring says which") 
     CAPTURE(known);
     const CleanStubs clean;
     const auto start = std::chrono::steady_clock::now();
-    const auto failures = fail_ranks({}, [&](int rank, NcclTransport& ring, Stream stream) {
+    const auto failures = fail_ranks({}, [&](int rank, DeviceTransport& ring, Stream stream) {
       if (rank == 0) stub::set_async_error(0, kRemote);
       if (rank == 2 && known) {
         until_watched(10);
@@ -182,7 +182,7 @@ TEST_CASE("a rank that never posts is blamed by all, itself too") {
   const CleanStubs clean;
   const auto start = std::chrono::steady_clock::now();
   const auto failures =
-      fail_ranks({4, 500, 1500}, [](int rank, NcclTransport& ring, Stream stream) {
+      fail_ranks({4, 500, 1500}, [](int rank, DeviceTransport& ring, Stream stream) {
         if (rank != 2) return turn_until_failure(rank, 4, ring, stream);
         return failure_of([&] {
           for (;;) ring.wait(ring.exchange({}, {}, stream), stream);
@@ -195,7 +195,7 @@ TEST_CASE("a rank that never posts is blamed by all, itself too") {
 TEST_CASE("the deadline counts from when the GPU could begin") {
   const CleanStubs clean;
   const Gate gate;
-  const auto failures = fail_ranks({1, 100, 500}, [&](int, NcclTransport& ring, Stream stream) {
+  const auto failures = fail_ranks({1, 100, 500}, [&](int, DeviceTransport& ring, Stream stream) {
     int out = 7, in = 0;
     const auto start = std::chrono::steady_clock::now();
     gate.put(stream);

@@ -1,0 +1,161 @@
+"""A whole ring over NCCL without a GPU: the extension, the links and the ring over stubs."""
+
+import threading
+import time
+import weakref
+
+import pytest
+import ringkern
+import torch
+from close import assert_close, assert_lse_close
+from ringkern import _C
+from ringkern.errors import ArgumentError, TransportError, UnsupportedError
+from ringkern.kernels import reference
+from stub_gpu import LIMIT_S, run_stub_nccl, stubs
+
+METHODS = "pass_kv", "pass_q", "gather_kv", "gather_q"
+
+
+def loaded_nccl() -> str:
+    """Return why the stub NCCL cannot be used: a real one is loaded, and comes first."""
+    with open("/proc/self/maps") as maps:
+        return "a real NCCL is loaded" if "libnccl.so" in maps.read() else ""
+
+
+pytestmark = pytest.mark.skipif(bool(loaded_nccl()), reason=loaded_nccl() or "no NCCL is loaded")
+
+
+def make(total, dtype, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(total, n, 16, generator=draw).to(dtype) for n in (4, 2, 2)]
+
+
+def prefill_and_decode(ring, dtype):
+    """Return this rank's results of a prefill of an odd length and two tokens more, by method."""
+    found = {}
+    for method in METHODS:
+        placement = ringkern.Placement(ring.world_size)
+        cache = ringkern.KVCache(ring, placement, num_layers=1, nheads_k=2, headdim=16, dtype=dtype,
+                                 num_pages=16, page_size=4)  # fmt: skip
+        for step, new in enumerate((13, 1, 1)):
+            plan = placement.prefill({"a": new}) if step == 0 else placement.decode(["a"])
+            mine = [plan.shard(x, ring.rank) for x in make(new, dtype, step)]
+            out = ring.attn(*mine, plan, cache=cache, method=method)
+            found[method, step] = ring.unshard(out, plan)
+        cache.close()
+    stats = ring.stats()
+    assert stats["bytes_sent"] == stats["bytes_planned"]
+    assert stats["transport"]["bytes_sent"] >= stats["bytes_sent"]
+    assert ring.transport == "nccl"
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_method_over_nccl_is_exact(world_size, dtype):
+    qkv = [torch.cat(parts) for parts in zip(*(make(n, dtype, i) for i, n in enumerate((13, 1, 1))),
+                                             strict=True)]  # fmt: skip
+    dense = [x[None] for x in qkv]
+    want, _ = reference.attn(*dense, causal=True)
+    base, _ = reference.attn(*dense, causal=True, dtype=dtype)
+    edges = (0, 13), (13, 14), (14, 15)
+    for found in run_stub_nccl(prefill_and_decode, world_size, dtype):
+        for (method, step), out in found.items():
+            lo, hi = edges[step]
+            name = f"{world_size=} {dtype=} {method} step {step}"
+            assert_close(out[None], want[:, lo:hi], base[:, lo:hi], name=name)
+
+
+def talk_on_both_planes(ring):
+    """Exchange on the host's plane between exchanges of device memory."""
+    ring.barrier()
+    told = ring.gather_bytes(f"rank {ring.rank}".encode())
+    assert told == [f"rank {rank}".encode() for rank in range(ring.world_size)]
+    x, y = torch.full((5,), float(ring.rank)), torch.empty(5)
+    after, before = ((ring.rank + way) % ring.world_size for way in (1, -1))
+    ring._link.exchange([(after, x)], [(before, y)]).wait()
+    assert y.tolist() == [float(before)] * 5
+    assert ring.gather_int(ring.rank) == list(range(ring.world_size))
+    with pytest.raises(ArgumentError, match="tensor: want on cpu"):
+        ring.post([(after, x), (after, torch.empty(2, device="meta"))], [])
+
+
+def test_host_messages_travel_beside_device_messages():
+    run_stub_nccl(talk_on_both_planes, 3)
+
+
+def keep_until_over(ring, posted, checked):
+    """Rank 0's buffers live until rank 1 has come to the exchange, whoever forgets the ticket."""
+    link = ring._link
+    if ring.rank == 1:
+        posted.wait()
+        checked.wait()
+        x = torch.empty(7)
+        link.exchange([], [(0, x)]).wait()
+        assert x.tolist() == [3.0] * 7
+        return
+    x = torch.full((7,), 3.0)
+    seen = weakref.ref(x.untyped_storage())
+    ticket = link.exchange([(1, x)], [])
+    del x, ticket
+    posted.set()
+    link._let_go()
+    assert seen() is not None
+    checked.set()
+    end = time.monotonic() + LIMIT_S
+    while link._kept:
+        assert time.monotonic() < end, "the buffers were never let go"
+        stubs().call.stub_drained(link.stream())  # the stub works while somebody asks
+        link._let_go()
+    assert seen() is None
+
+
+def test_buffers_live_until_the_gpu_is_done_with_them():
+    run_stub_nccl(keep_until_over, 2, threading.Event(), threading.Event())
+
+
+def fail_on_rank_one(ring):
+    plan = ringkern.Placement(ring.world_size).prefill({"a": 9})
+    mine = [plan.shard(x, ring.rank) for x in make(9, torch.float32, 0)]
+    ring.attn(*mine, plan, method="pass_kv")
+    if ring.rank == 1:
+        ring._link.abort("rank 1 was told to stop")
+    with pytest.raises(TransportError, match="rank 1 was told to stop") as first:
+        for _ in range(100):
+            ring.attn(*mine, plan, method="pass_kv")
+            ring.barrier()
+    assert first.value.origin == 1
+    with pytest.raises(TransportError) as again:
+        ring.barrier()
+    assert again.value.origin == 1
+
+
+def test_a_failure_is_everybodys_and_a_new_ring_works():
+    run_stub_nccl(fail_on_rank_one, 3)
+    run_stub_nccl(talk_on_both_planes, 3)
+
+
+def test_the_library_says_which_it_is_and_what_it_lacks():
+    call, path = stubs()
+    call.stub_reset()
+    assert _C.nccl_library(path) == (path, 22809)
+    assert _C.cuda_driver(path) == (path, 12040)
+    call.stub_nccl_version(21602)
+    with pytest.raises(UnsupportedError, match=r"2\.17\.1.*2\.16\.2"):
+        _C.nccl_library(path)
+    call.stub_reset()
+    with pytest.raises(UnsupportedError, match="no-such-nccl"):
+        _C.nccl_library("no-such-nccl.so")
+
+
+def test_lse_of_rows_without_keys_over_nccl():
+    def run(ring):
+        plan = ringkern.Placement(ring.world_size).prefill({"a": 1})  # two of three have no token
+        mine = [plan.shard(x, ring.rank) for x in make(1, torch.float32, 0)]
+        out, lse = ring.attn(*mine, plan, method="gather_q", return_lse=True)
+        return ring.unshard(out, plan), ring.unshard(lse.T.contiguous(), plan)
+
+    want, want_lse = reference.attn(*[x[None] for x in make(1, torch.float32, 0)], causal=True)
+    for out, lse in run_stub_nccl(run, 3):
+        assert_close(out[None], want, want.float(), name="out")
+        assert_lse_close(lse.T[None], want_lse, name="lse")
