@@ -26,13 +26,6 @@ constexpr std::chrono::microseconds kSpin{20};
 // How long close() waits for its goodbyes to leave, when the sockets are full.
 constexpr std::chrono::milliseconds kGoodbye{1000};
 
-Kind kind_of(const std::exception& error) {
-  if (dynamic_cast<const TimeoutError*>(&error)) return Kind::kTimeout;
-  if (dynamic_cast<const AuthenticationError*>(&error)) return Kind::kAuthentication;
-  if (dynamic_cast<const ProtocolError*>(&error)) return Kind::kProtocol;
-  return Kind::kTransport;
-}
-
 }  // namespace
 
 Core::Core(Listener listener, int rank, std::vector<Address> addresses, const Terms& terms,

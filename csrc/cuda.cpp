@@ -12,8 +12,12 @@ namespace {
 constexpr unsigned kStreamNonBlocking = 1;   // CU_STREAM_NON_BLOCKING
 constexpr unsigned kEventDisableTiming = 2;  // CU_EVENT_DISABLE_TIMING
 constexpr int kCaptureRelaxed = 2;           // CU_STREAM_CAPTURE_MODE_RELAXED
+constexpr unsigned kHostAllocPortable = 1;   // CU_MEMHOSTALLOC_PORTABLE
 
 void* pointer(Stream stream) { return reinterpret_cast<void*>(stream); }
+
+// The address as the driver takes it, a CUdeviceptr.
+std::uint64_t address(const void* memory) { return reinterpret_cast<std::uintptr_t>(memory); }
 
 // A name with _v2 is what the headers have meant by the name without, since CUDA 3.2, 4.0 and 11.0.
 std::vector<std::string> bind_all(const Library& library, Driver& driver) {
@@ -38,10 +42,22 @@ std::vector<std::string> bind_all(const Library& library, Driver& driver) {
   library.bind("cuEventDestroy_v2", driver.event_destroy, missing);
   library.bind("cuEventRecord", driver.event_record, missing);
   library.bind("cuEventQuery", driver.event_query, missing);
+  library.bind("cuMemHostAlloc", driver.host_alloc, missing);
+  library.bind("cuMemFreeHost", driver.host_free, missing);
+  library.bind("cuMemcpyDtoHAsync_v2", driver.copy_to_host, missing);
+  library.bind("cuMemcpyHtoDAsync_v2", driver.copy_to_device, missing);
+  library.bind("cuMemcpyDtoDAsync_v2", driver.copy_on_device, missing);
   return missing;
 }
 
 }  // namespace
+
+bool CudaError::is_about_stream() const {
+  constexpr int kInvalidContext = 201, kInvalidHandle = 400;
+  constexpr int kFirstOfCapture = 900, kLastOfCapture = 908;
+  return code == kInvalidContext || code == kInvalidHandle ||
+         (code >= kFirstOfCapture && code <= kLastOfCapture);
+}
 
 std::shared_ptr<const Driver> Driver::open(const std::string& name) {
   const Library library = Library::open(name);
@@ -97,6 +113,12 @@ bool Device::captures(Stream stream) const {
   return status != 0;
 }
 
+void Device::raise_for_stream(Stream stream, const CudaError& error) const {
+  if (!error.is_about_stream()) throw;
+  throw ArgumentError(
+      concat("stream: want a stream of GPU ", ordinal_, ", got ", stream, ": ", error.what(), "."));
+}
+
 Event::Event(const Device& device) : device_(device) {
   const Driver& driver = device.driver();
   driver.check(driver.event_create(&event_, kEventDisableTiming), "cuEventCreate");
@@ -133,5 +155,28 @@ OwnStream::OwnStream(const Device& device) : device_(device) {
 OwnStream::~OwnStream() { device_.driver().stream_destroy(stream_); }
 
 bool OwnStream::idle() const { return device_.driver().stream_query(stream_) != Driver::kNotReady; }
+
+void OwnStream::copy_to_host(void* to, const void* from, std::size_t nbytes) {
+  const Driver& driver = device_.driver();
+  driver.check(driver.copy_to_host(to, address(from), nbytes, stream_), "cuMemcpyDtoHAsync");
+}
+
+void OwnStream::copy_to_device(void* to, const void* from, std::size_t nbytes) {
+  const Driver& driver = device_.driver();
+  driver.check(driver.copy_to_device(address(to), from, nbytes, stream_), "cuMemcpyHtoDAsync");
+}
+
+void OwnStream::copy_on_device(void* to, const void* from, std::size_t nbytes) {
+  const Driver& driver = device_.driver();
+  driver.check(driver.copy_on_device(address(to), address(from), nbytes, stream_),
+               "cuMemcpyDtoDAsync");
+}
+
+PinnedMemory::PinnedMemory(const Device& device, std::size_t nbytes) : device_(device) {
+  const Driver& driver = device.driver();
+  driver.check(driver.host_alloc(&memory_, nbytes, kHostAllocPortable), "cuMemHostAlloc");
+}
+
+PinnedMemory::~PinnedMemory() { device_.driver().host_free(memory_); }
 
 }  // namespace ringkern

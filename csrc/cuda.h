@@ -1,8 +1,10 @@
-// The CUDA driver, found at run time: one device's context, streams and events. What is declared
-// here of its interface has the names, types and values that NVIDIA documents and keeps.
+// The CUDA driver, found at run time: one device's context, streams, events and pinned memory. What
+// is declared here of its interface has the names, types and values that NVIDIA documents and
+// keeps.
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -15,6 +17,8 @@ namespace ringkern {
 // A call of the driver failed; `code` is its CUresult.
 struct CudaError : std::runtime_error {
   CudaError(int code, const std::string& text) : std::runtime_error(text), code(code) {}
+  // Whether it says that a stream is wrong; other errors say that the context is.
+  bool is_about_stream() const;
   const int code;
 };
 
@@ -51,6 +55,11 @@ struct Driver {
   int (*event_destroy)(void* event);
   int (*event_record)(void* event, void* stream);
   int (*event_query)(void* event);
+  int (*host_alloc)(void** memory, std::size_t nbytes, unsigned flags);
+  int (*host_free)(void* memory);
+  int (*copy_to_host)(void* to, std::uint64_t from, std::size_t nbytes, void* stream);
+  int (*copy_to_device)(std::uint64_t to, const void* from, std::size_t nbytes, void* stream);
+  int (*copy_on_device)(std::uint64_t to, std::uint64_t from, std::size_t nbytes, void* stream);
 };
 
 // One GPU's primary context, which torch and the CUDA runtime use too.
@@ -80,6 +89,9 @@ class Device {
   int ordinal() const { return ordinal_; }
   // Whether work that is put on the stream becomes a graph instead of running.
   bool captures(Stream stream) const;
+  // In the handler of an error of a call with a caller's stream: throws ArgumentError where the
+  // stream is wrong, else the error again.
+  [[noreturn]] void raise_for_stream(Stream stream, const CudaError& error) const;
 
  private:
   const std::shared_ptr<const Driver> driver_;
@@ -117,6 +129,10 @@ class OwnStream {
   OwnStream& operator=(const OwnStream&) = delete;
 
   Stream handle() const { return reinterpret_cast<Stream>(stream_); }
+  // The host's side must be pinned, or the calls wait for the GPU.
+  void copy_to_host(void* to, const void* from, std::size_t nbytes);
+  void copy_to_device(void* to, const void* from, std::size_t nbytes);
+  void copy_on_device(void* to, const void* from, std::size_t nbytes);
   // Whether nothing put on it can still run. Also true after an error of the context, which ends
   // all of its work.
   bool idle() const;
@@ -124,6 +140,22 @@ class OwnStream {
  private:
   const Device& device_;
   void* stream_ = nullptr;
+};
+
+// Memory of the host that the GPU copies to and from by itself. To free it waits for all of the
+// GPU's work, so keep it.
+class PinnedMemory {
+ public:
+  PinnedMemory(const Device& device, std::size_t nbytes);
+  ~PinnedMemory();
+  PinnedMemory(const PinnedMemory&) = delete;
+  PinnedMemory& operator=(const PinnedMemory&) = delete;
+
+  void* data() const { return memory_; }
+
+ private:
+  const Device& device_;
+  void* memory_ = nullptr;
 };
 
 }  // namespace ringkern

@@ -44,6 +44,13 @@ struct ProtocolError : TransportError {
 // The error's class as it travels in an ABORT frame, so that every rank raises the same one.
 enum class Kind : std::uint8_t { kTransport = 1, kTimeout = 2, kAuthentication = 3, kProtocol = 4 };
 
+inline Kind kind_of(const std::exception& error) {
+  if (dynamic_cast<const TimeoutError*>(&error)) return Kind::kTimeout;
+  if (dynamic_cast<const AuthenticationError*>(&error)) return Kind::kAuthentication;
+  if (dynamic_cast<const ProtocolError*>(&error)) return Kind::kProtocol;
+  return Kind::kTransport;
+}
+
 // A transport error as a value: kept as the ring's first error and raised by every later call.
 struct Failure {
   Kind kind = Kind::kTransport;

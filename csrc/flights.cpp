@@ -19,6 +19,7 @@ std::string describe(Ticket ticket, const Flight& flight, Clock::duration age) {
   char seconds[32];
   std::snprintf(seconds, sizeof(seconds), "%.1f s", std::chrono::duration<double>(age).count());
   if (!flight.done) return concat("connecting with ", ranks, ", for ", seconds);
+  if (flight.is_run) return concat("the run of a graph with ", ranks, ", open for ", seconds);
   return concat("exchange ", ticket, " (", flight.bytes_out, " bytes to and ", flight.bytes_in,
                 " bytes from ", ranks, "), open for ", seconds);
 }
@@ -61,6 +62,7 @@ void Flights::launch(Ticket ticket, Stream stream) {
   Flight& flight = flights_.at(ticket);
   flight.done->record(stream);
   flight.launched = true;
+  flight.waited = flight.is_run;
 }
 
 void Flights::capture(Ticket ticket, Stream stream) {

@@ -29,6 +29,7 @@ struct Flight {
   std::optional<Clock::time_point> started{};  // when it was first seen ready
   bool launched = false;
   bool waited = false;
+  bool is_run = false;  // of a graph: on the caller's own stream, and nobody waits for it
 };
 
 // Every function needs a Device::Use on the calling thread.
@@ -41,7 +42,7 @@ class Flights {
   Ticket open(Flight flight);
   // A ticket that is done.
   Ticket open_done();
-  // The exchange is on the stream, and `done` is recorded behind it.
+  // The exchange, or the run of a graph, is on the stream, and `done` is recorded behind it.
   void launch(Ticket ticket, Stream stream);
   // The exchange is in a graph: nobody can ask whether it is over, and it runs any number of times.
   void capture(Ticket ticket, Stream stream);

@@ -71,6 +71,16 @@ class Nccl : public DeviceTransport {
     return core_->settled();
   }
 
+  Ticket begin_run(Stream stream) override {
+    check_process();
+    return core_->begin_run(stream);
+  }
+
+  void end_run(Ticket ticket, Stream stream) override {
+    check_process();
+    core_->end_run(ticket, stream);
+  }
+
   Transport& host() override {
     check_process();
     return core_->control();

@@ -39,7 +39,8 @@ struct NcclOptions {
 // order. wait() makes the stream that it is given wait, and not the calling thread; the times of
 // an exchange that the GPU has not done by then have no done_ns, 0. On a stream that captures a
 // graph, exchange() and wait() become part of the graph; the buffers are then the graph's for as
-// long as it is, no deadline watches its runs, and stats() counts the capture only.
+// long as it is, and stats() counts the capture only. begin_run() and end_run() put the deadline on
+// a run of it.
 //
 // Calls are ordered by the caller: every rank posts the same exchanges in the same order.
 //

@@ -191,6 +191,37 @@ Ticket NcclCore::post(const std::vector<Send>& sends, const std::vector<Recv>& r
   return ticket;
 }
 
+Ticket NcclCore::begin_run(Stream stream) {
+  try {
+    if (state_ == State::kOpen) {
+      const Device::Use use(device_);
+      make_room();
+      Flight flight = flights_.prepare();
+      flight.ready->record(stream);
+      flight.peers = others();
+      flight.is_run = true;
+      return flights_.open(std::move(flight));
+    }
+  } catch (const Interrupted&) {
+  } catch (const CudaError& error) {
+    if (is_about_stream(error)) raise_stream(device_, stream, error);
+    trouble(error);
+  }
+  raise();
+}
+
+void NcclCore::end_run(Ticket ticket, Stream stream) {
+  try {
+    if (state_ == State::kOpen) {
+      const Device::Use use(device_);
+      return flights_.launch(ticket, stream);
+    }
+  } catch (const CudaError& error) {
+    trouble(error);
+  }
+  raise();
+}
+
 void NcclCore::describe(Flight& flight, const std::vector<Send>& sends,
                         const std::vector<Recv>& recvs) const {
   for (const Send& send : sends) {

@@ -39,6 +39,8 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   void connect(const NcclConfig& config, const std::function<void()>& on_idle);
   // The entries have been checked.
   Ticket exchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs, Stream stream);
+  Ticket begin_run(Stream stream);
+  void end_run(Ticket ticket, Stream stream);
   bool poll(std::chrono::milliseconds slice);
   Times wait(Ticket ticket, Stream stream);
   Ticket settled();

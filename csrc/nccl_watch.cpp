@@ -27,11 +27,7 @@ constexpr std::chrono::milliseconds kGrace{5000};
 void pause() { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
 
 Failure failure_from(const TransportError& error) {
-  Kind kind = Kind::kTransport;
-  if (dynamic_cast<const TimeoutError*>(&error)) kind = Kind::kTimeout;
-  if (dynamic_cast<const AuthenticationError*>(&error)) kind = Kind::kAuthentication;
-  if (dynamic_cast<const ProtocolError*>(&error)) kind = Kind::kProtocol;
-  return {kind, error.origin, error.what()};
+  return {kind_of(error), error.origin, error.what()};
 }
 
 }  // namespace

@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "error.h"
+
 namespace ringkern {
 
 // A CUDA stream as an integer; 0 is CUDA's default stream, so it does not mean "host".
@@ -94,6 +96,18 @@ class DeviceTransport : public Transport {
   // The newest ticket up to which no exchange touches a buffer any more. wait() says nothing about
   // this: the GPU comes to it later. Keep the buffers of newer tickets alive, waited for or not.
   virtual Ticket settled() = 0;
+
+  // What the caller puts on the stream between the two calls is watched like an exchange with all
+  // other ranks: a run of a graph that has exchanges in it, which nobody can see there. Throws
+  // UnsupportedError where exchanges cannot be part of graphs.
+  virtual Ticket begin_run(Stream stream) {
+    static_cast<void>(stream);
+    throw UnsupportedError("CUDA graphs: want a ring over NCCL, got one over TCP.");
+  }
+  virtual void end_run(Ticket ticket, Stream stream) {
+    static_cast<void>(ticket);
+    static_cast<void>(stream);
+  }
 
   // The same ring for host memory: it fails when this one does, and the other way round. All ranks
   // make their calls to both in one order. Not to be closed; it lives as long as this one.

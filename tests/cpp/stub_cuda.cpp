@@ -1,105 +1,11 @@
 // A driver without a GPU: streams, events and graphs as the CUDA driver orders them.
 
 #include <algorithm>
-#include <deque>
-#include <map>
+#include <cstring>
 #include <mutex>
-#include <set>
 
+#include "stub_driver.h"
 #include "stub_gpu.h"
-
-namespace {
-
-constexpr int kInvalidValue = 1, kInvalidDevice = 101, kInvalidContext = 201, kInvalidHandle = 400;
-constexpr int kNotReady = 600, kIsolation = 905, kCapturedEvent = 907;
-constexpr int kDevices = 2;
-
-struct StreamState {
-  std::deque<stub::Work> work;
-  bool capturing = false;
-  bool reserved = false;
-};
-
-struct EventState {
-  std::uint64_t recorded = 0, passed = 0;
-  bool captured = false;
-};
-
-struct World {
-  std::mutex mutex;
-  std::map<void*, StreamState> streams;
-  std::map<void*, EventState> events;
-  std::map<std::string, std::pair<int, int>> failures;  // result, times
-  std::vector<stub::MakeWork> graph;
-  std::vector<std::string> violations;
-  std::uintptr_t last_handle = 0x1000;
-  int retained = 0, latest_priority = 0;
-  unsigned latest_flags = 0;
-};
-
-World& world() {
-  static World* const it = new World;  // threads may outlive the destructors of statics
-  return *it;
-}
-
-thread_local std::vector<void*> contexts;
-thread_local int capture_mode = 0;  // global
-
-void* const kContext = reinterpret_cast<void*>(0x77);
-
-using Lock = std::lock_guard<std::mutex>;
-
-// Everything below needs the mutex.
-
-bool injected(const char* function, int* result) {
-  const auto found = world().failures.find(function);
-  if (found == world().failures.end() || found->second.second == 0) return false;
-  --found->second.second;
-  *result = found->second.first;
-  return true;
-}
-
-void note(const std::string& words) { world().violations.push_back(words); }
-
-void* new_handle() { return reinterpret_cast<void*>(world().last_handle += 16); }
-
-void pump() {
-  for (bool progress = true; progress;) {
-    progress = false;
-    for (auto& [handle, stream] : world().streams) {
-      while (!stream.work.empty() && stream.work.front()()) {
-        stream.work.pop_front();
-        progress = true;
-      }
-    }
-  }
-}
-
-void put(StreamState& stream, const stub::MakeWork& make) {
-  if (stream.capturing) {
-    world().graph.push_back(make);
-  } else {
-    stream.work.push_back(make());
-  }
-}
-
-StreamState* find_stream(void* handle) {
-  const auto found = world().streams.find(handle);
-  return found == world().streams.end() ? nullptr : &found->second;
-}
-
-bool any_capture() {
-  return std::any_of(world().streams.begin(), world().streams.end(),
-                     [](const auto& entry) { return entry.second.capturing; });
-}
-
-void need_context(const char* function) {
-  if (contexts.empty() || contexts.back() != kContext) {
-    note(std::string(function) + " without the context");
-  }
-}
-
-}  // namespace
 
 namespace stub {
 
@@ -107,6 +13,8 @@ void reset_driver() {
   const Lock lock(world().mutex);
   world().failures.clear();
   world().violations.clear();
+  world().journal.clear();
+  world().let.clear();
 }
 
 void fail(const std::string& function, int result, int times) {
@@ -174,6 +82,32 @@ std::vector<std::string> driver_violations() {
 void violate(const std::string& words) {
   const Lock lock(world().mutex);
   note(words);
+}
+
+void let_copies(const std::string& kind, int count) {
+  const Lock lock(world().mutex);
+  world().let.erase(kind);
+  if (count >= 0) world().let[kind] = count;
+}
+
+void write(const Entry& entry) {
+  const Lock lock(world().mutex);
+  world().journal.push_back(entry);
+}
+
+std::vector<Entry> journal() {
+  const Lock lock(world().mutex);
+  return world().journal;
+}
+
+int questions() {
+  const Lock lock(world().mutex);
+  return world().questions;
+}
+
+int pinned_alive() {
+  const Lock lock(world().mutex);
+  return static_cast<int>(world().pinned.size());
 }
 
 int events_alive() {
@@ -368,12 +302,67 @@ STUB_API int cuEventRecord(void* event_handle, void* handle) {
 STUB_API int cuEventQuery(void* event_handle) {
   ENTER("cuEventQuery");
   need_context("cuEventQuery");
+  ++world().questions;
   if (any_capture() && capture_mode != 2) note("cuEventQuery while a thread captures");
   pump();
   const auto found = world().events.find(event_handle);
   if (found == world().events.end()) return kInvalidHandle;
   if (found->second.captured) return note("cuEventQuery of a captured event"), kCapturedEvent;
   return found->second.passed >= found->second.recorded ? 0 : kNotReady;
+}
+
+STUB_API int cuMemHostAlloc(void** memory, std::size_t nbytes, unsigned) {
+  ENTER("cuMemHostAlloc");
+  need_context("cuMemHostAlloc");
+  auto* const pinned = new char[nbytes];
+  fill(pinned, nbytes);
+  world().pinned[pinned] = nbytes;
+  world().journal.push_back({"alloc", pinned, nullptr, nbytes});
+  return *memory = pinned, 0;
+}
+
+STUB_API int cuMemFreeHost(void* memory) {
+  const Lock lock(world().mutex);
+  auto* const pinned = static_cast<char*>(memory);
+  const auto found = world().pinned.find(pinned);
+  if (found == world().pinned.end()) return kInvalidValue;
+  const auto copy = world().copying.lower_bound(pinned);
+  if (copy != world().copying.end() && *copy < pinned + found->second) {
+    note("cuMemFreeHost of memory that the GPU copies");
+  }
+  world().journal.push_back({"free", pinned, nullptr, found->second});
+  world().pinned.erase(found);
+  delete[] pinned;
+  return 0;
+}
+
+// What a copy will overwrite, and what a copy has taken, is poisoned: nobody may see it.
+STUB_API int cuMemcpyDtoHAsync_v2(void* to, std::uint64_t from, std::size_t nbytes, void* stream) {
+  ENTER("cuMemcpyDtoHAsync");
+  need_context("cuMemcpyDtoHAsync");
+  check_pinned("cuMemcpyDtoHAsync", to, nbytes);
+  fill(to, nbytes);
+  return put_copy("DtoH", stream, {"", to, bytes(from), nbytes},
+                  [=] { std::memcpy(to, bytes(from), nbytes); });
+}
+
+STUB_API int cuMemcpyHtoDAsync_v2(std::uint64_t to, const void* from, std::size_t nbytes,
+                                  void* stream) {
+  ENTER("cuMemcpyHtoDAsync");
+  need_context("cuMemcpyHtoDAsync");
+  check_pinned("cuMemcpyHtoDAsync", from, nbytes);
+  return put_copy("HtoD", stream, {"", from, bytes(to), nbytes}, [=] {
+    std::memcpy(bytes(to), from, nbytes);
+    fill(const_cast<void*>(from), nbytes);
+  });
+}
+
+STUB_API int cuMemcpyDtoDAsync_v2(std::uint64_t to, std::uint64_t from, std::size_t nbytes,
+                                  void* stream) {
+  ENTER("cuMemcpyDtoDAsync");
+  need_context("cuMemcpyDtoDAsync");
+  return put_copy("DtoD", stream, {"", nullptr, bytes(to), nbytes},
+                  [=] { std::memcpy(bytes(to), bytes(from), nbytes); });
 }
 
 }  // extern "C"

@@ -41,7 +41,24 @@ STUB_API void reserve(std::uintptr_t stream, bool reserved);
 // Calls that the driver forbids, in words.
 STUB_API std::vector<std::string> driver_violations();
 STUB_API void violate(const std::string& words);
+// So many more copies of this kind, "DtoH", "HtoD" or "DtoD", run, and then none; -1: all.
+STUB_API void let_copies(const std::string& kind, int count);
+
+// What happened, in order. The driver writes "alloc" and "free" of pinned memory, and of each copy
+// "DtoH put" and "DtoH done", or HtoD or DtoD; tests add what they like.
+struct Entry {
+  std::string what;
+  const void* host;
+  const void* device;
+  std::size_t nbytes;
+};
+STUB_API void write(const Entry& entry);
+STUB_API std::vector<Entry> journal();
+
+// How often somebody has asked for an event.
+STUB_API int questions();
 // What was created and not destroyed.
+STUB_API int pinned_alive();
 STUB_API int events_alive();
 STUB_API int streams_alive();
 STUB_API int contexts_retained();

@@ -192,6 +192,33 @@ TEST_CASE("a rank that never posts is blamed by all, itself too") {
   CHECK(std::chrono::steady_clock::now() - start < milliseconds(5000));
 }
 
+TEST_CASE("the run of a graph is late like an exchange, and one that ends is forgotten") {
+  const CleanStubs clean;
+  const Gate gate;  // stands for exchanges in the graph, for which rank 2 never comes
+  const auto failures = fail_ranks({4, 500, 1500}, [&](int rank, DeviceTransport& ring,
+                                                       Stream stream) {
+    const Ticket first = ring.begin_run(stream);
+    ring.end_run(first, stream);
+    until([&] { return ring.settled() >= first; });
+    if (rank != 2) {
+      const Ticket run = ring.begin_run(stream);
+      gate.put(stream);
+      ring.end_run(run, stream);
+    }
+    const Failure failure = failure_of([&] {
+      for (;;) ring.wait(ring.exchange({}, {}, stream), stream);
+    });
+    CHECK(failure_of([&] { ring.begin_run(stream); }).text == failure.text);
+    CHECK(failure_of([&] { ring.end_run(first, stream); }).text == failure.text);
+    if (rank != 2) {
+      CHECK(contains(failure.text, concat("On rank ", rank, " NCCL was at the run of a graph")));
+    }
+    gate.open();
+    return failure;
+  });
+  check_all(failures, 2, Kind::kTimeout, "Rank 2 is alive but has not posted its side");
+}
+
 TEST_CASE("the deadline counts from when the GPU could begin") {
   const CleanStubs clean;
   const Gate gate;
