@@ -30,10 +30,9 @@ def computed_pairs(plan, schedules):
     """Return every (query, key) that the spans hold; fail where one is held twice."""
     pairs = set()
     for rank, steps in enumerate(schedules):
-        mine = plan.indices(rank).tolist()
         for step in steps:
-            for _, kv_rank, spans in step.work:
-                theirs = plan.indices(kv_rank).tolist()
+            for q_rank, kv_rank, spans in step.work:
+                mine, theirs = (plan.indices(r).tolist() for r in (q_rank, kv_rank))
                 for q0, q1, k0, k1, lo, hi, *_ in spans.tolist():
                     for i, j in itertools.product(range(q1 - q0), range(k1 - k0)):
                         if lo <= j - i <= hi:

@@ -26,16 +26,21 @@ def make_schedule(
     causal: bool = True,
     window_size: tuple[int, int] = (-1, -1),
     own_kv: np.ndarray | None = None,
+    fixed: bool = False,
+    order: tuple[int, ...] | None = None,
 ) -> tuple[Step, ...]:
     """Return the steps of one rank. What no rank can see is neither sent nor computed.
 
     Args:
+        fixed: keep halves of work that have nothing to do, so that plans in which the same ranks
+            see each other have the same steps.
         own_kv: where this rank's K and V lie, if not packed: a table like plan.kv_runs(rank), such
             as KVCache.runs() gives.
+        order: the ranks as the ring goes round, the same on every rank; None: by number.
     """
     sides = tiles.bounds(causal, window_size)
-    steps = outline(method, rank, visibility(plan, *sides))
-    return fill(plan, rank, steps, sides, own_kv)
+    steps = outline(method, rank, visibility(plan, *sides), order)
+    return fill(plan, rank, steps, sides, own_kv, fixed)
 
 
 class Outline(NamedTuple):
@@ -47,19 +52,27 @@ class Outline(NamedTuple):
     drops: tuple[tuple[str, int], ...]
 
 
-def outline(method: str, rank: int, sees: np.ndarray) -> tuple[Outline, ...]:
-    """Return the steps of one rank in outline; sees as visibility() returns it."""
-    return _outline(method, rank, len(sees), sees.tobytes())
+def outline(
+    method: str, rank: int, sees: np.ndarray, order: tuple[int, ...] | None = None
+) -> tuple[Outline, ...]:
+    """Return the steps of one rank in outline.
+
+    sees as visibility() returns it, order as make_schedule() takes it.
+    """
+    return _outline(method, rank, len(sees), sees.tobytes(), order)
 
 
 # Plans of a batch that decodes mostly differ in sizes alone. Few entries, as those of large rings
 # are large.
 @functools.lru_cache(maxsize=64)
-def _outline(method, rank, size, sees):
-    return _with_drops(OUTLINES[method](_View(rank, size, sees)), rank)
+def _outline(method, rank, size, sees, order):
+    order = tuple(range(size)) if order is None else order
+    each_once = sorted(order) == list(range(size))
+    check(each_once, "order", f"each of the {size} ranks once", order)
+    return _with_drops(OUTLINES[method](_View(rank, size, sees, order)), rank)
 
 
-def fill(plan: Plan, rank: int, steps, sides, own_kv=None) -> tuple[Step, ...]:
+def fill(plan: Plan, rank: int, steps, sides, own_kv=None, fixed=False) -> tuple[Step, ...]:
     """Return outlined steps with the sizes and spans of a plan; sides as tiles.bounds() gives."""
 
     def moves(some):
@@ -74,7 +87,8 @@ def fill(plan: Plan, rank: int, steps, sides, own_kv=None) -> tuple[Step, ...]:
     def works(some):
         each = [(*work, next(spans)) for work in some]
         # Work that is too little for halves is all in one of them.
-        return tuple(Work(q, k, table) for q, k, half, table in each if len(table) or not half)
+        keep = [len(table) or not half or fixed for _, _, half, table in each]
+        return tuple(Work(*w[:2], w[3]) for w, kept in zip(each, keep, strict=True) if kept)
 
     return tuple(
         Step(index, moves(step.sends), moves(step.recvs), works(step.work), step.drops)
@@ -101,15 +115,21 @@ def pairs(step: Step) -> int:
 
 
 class _View:
-    """Who sees whom, as one rank sees it."""
+    """Who sees whom, as one rank sees it.
 
-    def __init__(self, rank, size, sees):
-        self.rank, self.size = rank, size
-        self.sees = np.frombuffer(sees, dtype=bool).reshape(size, size)  # [q_rank, kv_rank]
+    Ranks here are places in the ring's order: + 1 is the next one. What the methods return for an
+    outline has the ranks' own numbers.
+    """
+
+    def __init__(self, rank, size, sees, order):
+        self.rank, self.size, self._order = order.index(rank), size, order
+        sees = np.frombuffer(sees, dtype=bool).reshape(size, size)
+        self.sees = sees[np.ix_(order, order)]  # [q_rank, kv_rank]
 
     def work(self, q_rank, kv_rank, share=WHOLE):
         """Return a tuple of the work there is, if any."""
-        return ((q_rank, kv_rank, share),) if self.sees[q_rank, kv_rank] else ()
+        some = self.sees[q_rank, kv_rank]
+        return ((self._order[q_rank], self._order[kv_rank], share),) if some else ()
 
     def own_work(self):
         """Return this rank's own work, before others' queries come and while their answers do.
@@ -122,13 +142,13 @@ class _View:
         return self.work(self.rank, self.rank), ()
 
     def kv(self, peer, rank):
-        return peer, "kv", rank
+        return self._order[peer], "kv", self._order[rank]
 
     def q(self, peer, rank):
-        return peer, "q", rank
+        return self._order[peer], "q", self._order[rank]
 
     def part(self, peer, rank):
-        return peer, "part", rank
+        return self._order[peer], "part", self._order[rank]
 
     def others(self):
         """Return the other ranks, in the order of their distance round the ring."""
