@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from ringkern.errors import check
 from ringkern.schedule import METHODS
 
-from bench import gpu, host, memory, operation, planning, ring, stages, transport
+from bench import gpu, host, memory, operation, planning, ring, staged, stages, transport
 from bench.gpu_decode import DECODE
 from bench.gpu_merge import MERGE
 from bench.gpu_pack import PACK
@@ -95,6 +95,22 @@ def _options() -> Case:
         layout=None,
         repetitions=20,
         quick={"nbytes": 64 * KIB},
+    )
+
+
+def _device_exchange() -> Case:
+    return Case(
+        "exchange_device/tcp/w2/64MiB",
+        staged.EXCHANGE_DEVICE,
+        {"nbytes": 64 * MIB},
+        2,
+        "int64",
+        impls=tuple(staged.IMPLS),
+        peer="host",
+        targets={"ringkern": {"ratio": 1.25}},
+        layout=None,
+        repetitions=20,
+        quick={"nbytes": 3 * MIB + 24},
     )
 
 
@@ -203,12 +219,12 @@ def _decode(batch: int) -> Case:
     return replace(case, id=case.id.replace("stage/", "decode/"), session=None)
 
 
-def _host(what: str, most_us: float, **options) -> Case:
+def _host(what: str, most_us: float, world_size: int = 4, **options) -> Case:
     return Case(
-        f"host/{what}/w4/b64",
+        f"host/{what}/w{world_size}/b64",
         host.HOST_PLAN if what == "plan" else host.HOST_LAYER,
         {"batch": 64, "cached": 500 if what == "plan" else 60},
-        4,
+        world_size,
         impls=METHODS,
         measure=host.measure_plan if what == "plan" else host.measure_layer,
         in_ranks=False,
@@ -320,6 +336,7 @@ CASES = (
     _exchange("8B", 2, 8, 0.5, repetitions=20, calls=500),
     _exchange("16MiB", 4, 16 * MIB, 1.0, repetitions=20),
     _options(),
+    _device_exchange(),
     *(_ring(1024, dtype, calls=5) for dtype in DTYPES),  # short: where waiting shows
     *(_ring(n, dtype, targets=RING_TARGETS) for n in (8192, 16384) for dtype in DTYPES),
     *(_memory(world_size, dtype) for dtype in DTYPES for world_size in (1, 2, 4, 8)),
@@ -330,6 +347,7 @@ CASES = (
     *(_decode(batch) for batch in (1, 4, 16)),
     _host("plan", 1000.0, calls=20),
     _host("layer", 50.0, calls=50),
+    _host("layer", 100.0, world_size=8, calls=50),
     _plan(1, 1 << 20, 1),
     _plan(1, 1 << 20, 128),
     _plan(1000, 1000, 1),

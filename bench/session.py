@@ -23,7 +23,9 @@ class Session:
             before = {name: os.environ.get(name) for name in variables}
             os.environ.update(variables)
             try:
-                self._rings[key] = ringkern.init_ring(transport="tcp", timeout_s=TIMEOUT_S)
+                self._rings[key] = ringkern.init_ring(
+                    transport="tcp", device="cpu", timeout_s=TIMEOUT_S
+                )
             finally:
                 for name, value in before.items():
                     os.environ.pop(name)
@@ -38,7 +40,7 @@ class Session:
             seconds = 0.1 if self._quick else 3.0
             hardware = calibrate.measure(self.ring(), seconds, problem)
             self._rings[key] = ringkern.init_ring(
-                transport="tcp", timeout_s=TIMEOUT_S, profile=hardware
+                transport="tcp", device="cpu", timeout_s=TIMEOUT_S, profile=hardware
             )
         return self._rings[key]
 

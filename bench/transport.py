@@ -31,8 +31,8 @@ def make_inputs(session, case) -> Buffers:
     """Return buffers whose every element says who sent it to whom, and where it stands."""
     shape = (case.calls, case.shape["nbytes"] // 8)
     peers = [peer for peer in range(session.world_size) if peer != session.rank]
-    send = {peer: _pattern(session.rank, peer, shape) for peer in peers}
-    want = {peer: _pattern(peer, session.rank, shape) for peer in peers}
+    send = {peer: pattern(session.rank, peer, shape) for peer in peers}
+    want = {peer: pattern(peer, session.rank, shape) for peer in peers}
     recv = {peer: torch.full_like(rows, SPOILED) for peer, rows in want.items()}
     rows = [
         tuple([(p, x[i]) for p, x in side.items()] for side in (send, recv))
@@ -60,7 +60,8 @@ def bytes_sent(case) -> int:
     return case.shape["nbytes"] * (case.world_size - 1)
 
 
-def _pattern(sender: int, receiver: int, shape) -> torch.Tensor:
+def pattern(sender: int, receiver: int, shape) -> torch.Tensor:
+    """Return what `sender` sends to `receiver`: every element says so, and where it stands."""
     place = torch.arange(shape[0] * shape[1]).view(shape)
     return place.mul_(131).add_(sender * 1_000_003 + receiver * 10_007)
 

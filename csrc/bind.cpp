@@ -21,6 +21,7 @@
 #include "nccl_library.h"
 #include "sha256.h"
 #include "socket.h"
+#include "staging.h"
 #include "tcp.h"
 #include "transport.h"
 
@@ -180,6 +181,14 @@ std::unique_ptr<Link> join_nccl(Link& control, int device, const std::string& nc
                                 control.rank, control.world_size);
 }
 
+std::unique_ptr<Link> join_staged(Link& wire, int device, const std::string& cuda_path) {
+  const py::gil_scoped_release nogil;
+  auto driver = Driver::open(cuda_path);
+  return std::make_unique<Link>(
+      make_staged(wire.take(), wire.rank, wire.world_size, std::move(driver), device), wire.rank,
+      wire.world_size);
+}
+
 std::pair<std::string, int> nccl_library(const std::string& path) {
   const auto nccl = NcclLibrary::open(path);
   return {nccl->path, nccl->version};
@@ -270,6 +279,13 @@ PYBIND11_MODULE(_C, module) {
       .def("wait", &Link::wait, py::arg("ticket"), py::arg("stream") = 0)
       .def(
           "settled", [](Link& link) { return link.device().settled(); }, NoGil())
+      .def(
+          "begin_run", [](Link& link, Stream stream) { return link.device().begin_run(stream); },
+          py::arg("stream"), NoGil())
+      .def(
+          "end_run",
+          [](Link& link, Ticket run, Stream stream) { link.device().end_run(run, stream); },
+          py::arg("run"), py::arg("stream"), NoGil())
       .def("host", &Link::host, py::keep_alive<0, 1>())
       .def(
           "abort", [](Link& link, const std::string& why) { link.transport().abort(why); },
@@ -287,6 +303,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("nccl_path") = "", py::arg("cuda_path") = kDriver, py::arg("timeout_s"),
              py::arg("control_timeout_s"), py::arg("min_ctas") = 0, py::arg("max_ctas") = 0,
              py::arg("channels_per_net_peer") = 0);
+  module.def("join_staged", &join_staged, py::arg("wire"), py::arg("device"),
+             py::arg("cuda_path") = kDriver);
   module.def("nccl_library", &nccl_library, py::arg("path") = "", NoGil());
   module.def("cuda_driver", &cuda_driver, py::arg("path") = kDriver, NoGil());
   module.def("interfaces", &list_interfaces);

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import threading
 
 import pytest
 import torch
@@ -27,17 +28,21 @@ def poisoned_memory():
 
 
 def patch_once():
-    """Let the interpreter patch triton.language once per launch.
+    """Let the interpreter patch triton.language once per launch, and one thread at a time.
 
-    It does so at each call of a device function, tl.max() among them: a third of all its time.
+    It does so at each call of a device function, tl.max() among them: a third of all its time. The
+    language is the process's, so of ranks that are threads one may launch while others wait.
     """
     from triton.runtime import interpreter
 
     run, patch, done = interpreter.InterpretedFunction.run, interpreter._patch_lang, set()
 
+    turn = threading.RLock()
+
     def run_anew(*args, **options):
-        done.clear()
-        return run(*args, **options)
+        with turn:
+            done.clear()
+            return run(*args, **options)
 
     def patch_module(fn):
         if fn.__module__ not in done:

@@ -1,12 +1,11 @@
 """Rings over the stub NCCL and the stub driver, whose device memory is this process's memory."""
 
-import atexit
 import ctypes
 import functools
+import hashlib
 import os
 import pathlib
 import subprocess
-import tempfile
 import threading
 import time
 import traceback
@@ -16,9 +15,9 @@ import torch
 from ringkern import _C
 from ringkern.link import DeviceLink
 from ringkern.ring import Ring
-from threads import HARDWARE
 
 SOURCES = pathlib.Path(__file__).parent / "cpp"
+BUILD = pathlib.Path(__file__).parents[1] / "build"
 LIMIT_S = 20.0
 
 
@@ -31,28 +30,36 @@ class Stubs(NamedTuple):
 
 @functools.cache
 def stubs() -> Stubs:
-    """Return the stubs, compiled once for the process."""
-    folder = tempfile.TemporaryDirectory(prefix="ringkern-stubs-")
-    atexit.register(folder.cleanup)
-    path = os.path.join(folder.name, "stub_gpu.so")
-    names = ("stub_cuda.cpp", "stub_nccl.cpp", "stub_python.cpp")
-    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-fPIC", "-shared"]
-    command += ["-fvisibility=hidden", "-pthread", "-o", path]
-    subprocess.run([*command, *(str(SOURCES / name) for name in names)], check=True)
-    call = ctypes.CDLL(path)
+    """Return the stubs, compiled once for their sources: processes find what another compiled."""
+    names = ("stub_cuda.cpp", "stub_nccl.cpp", "stub_python.cpp", "stub_gpu.h", "stub_driver.h")
+    text = b"".join((SOURCES / name).read_bytes() for name in names)
+    path = BUILD / f"stubs-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    if not path.exists():
+        BUILD.mkdir(exist_ok=True)
+        made = path.with_suffix(f".{os.getpid()}")
+        command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-fPIC", "-shared"]
+        command += ["-fvisibility=hidden", "-pthread", "-o", str(made)]
+        command += [str(SOURCES / name) for name in names if name.endswith(".cpp")]
+        subprocess.run(command, check=True)
+        made.replace(path)
+    call = ctypes.CDLL(str(path))
     for name in ("stub_destroy_stream", "stub_drained"):
         getattr(call, name).argtypes = [ctypes.c_size_t]
     call.stub_make_stream.restype = ctypes.c_size_t
-    return Stubs(call, path)
+    return Stubs(call, str(path))
+
+
+def why_no_stubs() -> str:
+    """Return why the stub NCCL cannot be used: a real one is loaded, and comes first."""
+    with open("/proc/self/maps") as maps:
+        return "a real NCCL is loaded" if "libnccl.so" in maps.read() else ""
 
 
 class StubLink(DeviceLink):
     """A DeviceLink on a stream of the stub driver. Tensors of the CPU stand for a GPU's."""
 
-    device_type = "cpu"
-
-    def __init__(self, core, addresses):
-        super().__init__(core, "nccl", addresses, torch.device("cpu"))
+    def __init__(self, core, name, addresses):
+        super().__init__(core, name, addresses, torch.device("cpu"))
         self._stream = stubs().call.stub_make_stream()
 
     def stream(self) -> int:
@@ -70,8 +77,13 @@ class StubLink(DeviceLink):
             assert time.monotonic() < end, "the stream never ended"
 
 
-def run_stub_nccl(fn, world_size: int, *args, timeout_s: float = 20.0) -> list:
-    """Return fn(ring, *args) of each rank, or raise what the first rank to fail raised."""
+def run_stub(fn, world_size: int, *args, transport="nccl", timeout_s: float = 20.0) -> list:
+    """Return fn(ring, *args) of each rank, or raise what the first rank to fail raised.
+
+    transport: "nccl", or "tcp" for device memory that goes through pinned memory.
+    """
+    from threads import HARDWARE  # here, as benchmarks use the stubs too, from outside of tests
+
     call, path = stubs()
     call.stub_reset()
     listeners = [_C.Listener("127.0.0.1") for _ in range(world_size)]
@@ -83,9 +95,12 @@ def run_stub_nccl(fn, world_size: int, *args, timeout_s: float = 20.0) -> list:
             wire = _C.join_tcp(
                 listeners[rank], rank, addresses, b"r" * 16, b"s" * 32, timeout_s=timeout_s
             )
-            half = dict(timeout_s=timeout_s / 2, control_timeout_s=timeout_s / 2)
-            core = _C.join_nccl(wire, 0, path, path, **half)
-            link = StubLink(core, addresses)
+            if transport == "nccl":
+                half = dict(timeout_s=timeout_s / 2, control_timeout_s=timeout_s / 2)
+                core = _C.join_nccl(wire, 0, path, path, **half)
+            else:
+                core = _C.join_staged(wire, 0, path)
+            link = StubLink(core, transport, addresses)
             with Ring(link, torch.device("cpu"), HARDWARE) as ring:
                 values[rank] = fn(ring, *args)
         except BaseException as error:

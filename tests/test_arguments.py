@@ -228,8 +228,11 @@ def test_init_ring_refuses(monkeypatch, tmp_path):
     for options, match in cases:
         with pytest.raises(ringkern.ArgumentError, match=match):
             ringkern.init_ring(**options)
-    for options in (dict(transport="nccl"), dict(device="cuda")):
-        with pytest.raises(ringkern.UnsupportedError, match="NCCL transport"):
+    for options, match in (
+        (dict(transport="nccl"), "NCCL moves CUDA tensors only"),
+        (dict(device="meta"), 'device: want "cpu" or "cuda"'),
+    ):
+        with pytest.raises(ringkern.UnsupportedError, match=match):
             ringkern.init_ring(**options)
     missing = tmp_path / "nothing"
     for name, value, match in [

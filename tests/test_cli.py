@@ -23,7 +23,7 @@ def options(parser):
 # Public, so frozen: a new option is a new line here, in the README's spirit and in CHANGELOG.
 FROZEN = {
     "bench": ["--dry-run", "--json", "--list", "--quick", "-h", "cases"],
-    "calibrate": ["--json", "--out", "--ranks", "--seconds", "--threads", "-h"],
+    "calibrate": ["--device", "--json", "--out", "--ranks", "--seconds", "--threads", "-h"],
     "demo": [
         "--decode",
         "--follow-up",
@@ -194,6 +194,7 @@ def test_plan_needs_no_torch():
         (["plan", "--world-size", "2", "--lengths", "9", "--rank", "2"], "rank: want 0 to 1"),
         (["plan", "--world-size", "2", "--lengths", "9", "--method", "x"], "method: want one of"),
         (["calibrate", "--ranks", "0"], "ranks: want at least 1"),
+        (["calibrate", "--device", "gpu"], "device: want a torch device, got 'gpu'"),
         (["trace", "--ranks", "0"], "ranks: want at least 1"),
         (["trace", "--threads", "0"], "threads: want at least 1"),
         (["trace", "--new", "-1"], "new: want at least 0"),

@@ -13,6 +13,7 @@ def pretend(monkeypatch, count, current=0, local=None):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("RINGKERN_DEVICE", raising=False)
     if local is not None:
         monkeypatch.setenv("LOCAL_RANK", str(local))
 
@@ -34,6 +35,16 @@ def pretend(monkeypatch, count, current=0, local=None):
 def test_device_of_a_rank(monkeypatch, count, current, local, asked, transport, want):
     pretend(monkeypatch, count, current, local)
     assert gpu.pick_device(asked, transport) == torch.device(want)
+
+
+def test_the_variable_names_the_device_of_rings_that_name_none(monkeypatch):
+    pretend(monkeypatch, 4)
+    monkeypatch.setenv("RINGKERN_DEVICE", "cpu")
+    assert gpu.pick_device(None, "auto") == torch.device("cpu")
+    assert gpu.pick_device("cuda:2", "auto") == torch.device("cuda:2")
+    monkeypatch.setenv("RINGKERN_DEVICE", "cuda:9")
+    with pytest.raises(ArgumentError, match="from 0 to 3, got cuda:9"):
+        gpu.pick_device(None, "auto")
 
 
 def test_devices_that_cannot_be(monkeypatch):

@@ -116,10 +116,12 @@ def test_without_an_agent_rank_0_serves_the_store(tmp_path):
 
 def refused(worker, change, timeout_s):
     """Return the error that init_ring() raises after change(rank)."""
-    os.environ.update(change.get(worker.rank, {}))
+    mine = dict(change.get(worker.rank, {}))
+    transport = mine.pop("transport", "auto")
+    os.environ.update(mine)
     started = time.monotonic()
     try:
-        with ringkern.init_ring(timeout_s=timeout_s) as ring:
+        with ringkern.init_ring(transport=transport, timeout_s=timeout_s) as ring:
             ring.barrier()
     except ringkern.RingkernError as error:
         return type(error).__name__, str(error), time.monotonic() - started
@@ -140,6 +142,12 @@ def refused(worker, change, timeout_s):
         ),
         ({2: {"RINGKERN_LANES": "2"}}, "ArgumentError", r"lanes differs between ranks"),
         ({0: {"RINGKERN_CHECKSUM": "1"}}, "ArgumentError", r"checksum differs between ranks"),
+        ({1: {"RINGKERN_NCCL_MAX_CTAS": "8"}}, "ArgumentError", r"max_ctas differs between ranks"),
+        (
+            {1: {"transport": "tcp"}},
+            "ArgumentError",
+            r"transport differs between ranks: auto: ranks \[0, 2\]; tcp: ranks \[1\]",
+        ),
         (
             {r: {"RINGKERN_HOST": "0.0.0.0"} for r in range(3)},
             "ArgumentError",

@@ -182,11 +182,11 @@ def test_no_allocation_grows_with_the_ring():
         plan = ringkern.Placement(ring.world_size).prefill({"a": 64})
         mine = [plan.shard(x, ring.rank) for x in qkv]
         ring.attn(*mine, plan, method="pass_kv")
-        before = {buffer.data_ptr() for buffer in ring._pool._spare}
+        before = {buffer.data_ptr() for buffer in ring.programs._pool._spare}
         ring.attn(*mine, plan, method="pass_kv")
-        after = {buffer.data_ptr() for buffer in ring._pool._spare}
+        after = {buffer.data_ptr() for buffer in ring.programs._pool._spare}
         assert before == after and len(after) == 2
-        return sum(buffer.numel() for buffer in ring._pool._spare) * ring.world_size
+        return sum(buffer.numel() for buffer in ring.programs._pool._spare) * ring.world_size
 
     totals = {sum(run_threads(wires, n)) // n for n in (2, 4, 8)}
     assert totals == {4 * 2 * 64 * 2 * 8}, "wires times ranks is two copies of K and V"

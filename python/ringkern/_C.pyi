@@ -57,6 +57,18 @@ class Link:
     def settled(self) -> int:
         """Return the newest ticket up to which no exchange touches device memory any more."""
 
+    def begin_run(self, stream: int) -> int:
+        """Have what is put on the stream up to end_run() watched, as exchanges are.
+
+        For runs of a CUDA graph with exchanges in it. Returns what end_run() takes.
+
+        Raises:
+            UnsupportedError: this ring's exchanges cannot be part of graphs.
+        """
+
+    def end_run(self, run: int, stream: int) -> None:
+        """End what begin_run() began."""
+
     def host(self) -> Link:
         """Return the same ring for host memory. Only of a ring of GPUs; lives as long as that."""
 
@@ -129,6 +141,17 @@ def join_nccl(
         ArgumentError: a value is not as above; nothing was sent.
         UnsupportedError: no NCCL or driver, or one that is too old.
         TransportError: a rank is gone, late, or cannot.
+    """
+
+def join_staged(wire: Link, device: int, cuda_path: str = "libcuda.so.1") -> Link:
+    """Return a ring for device memory over one for host memory, through pinned buffers.
+
+    Args:
+        wire: taken over.
+        device, cuda_path: as join_nccl() takes them.
+
+    Raises:
+        UnsupportedError: no driver, or a GPU that cannot be used.
     """
 
 def nccl_library(path: str = "") -> tuple[str, int]:

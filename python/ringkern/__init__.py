@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ArgumentError": "errors",
     "AuthenticationError": "errors",
+    "DecodeGraphs": "graphs",
     "KVCache": "cache",
     "LocalGroup": "transport",
     "Placement": "placement",

@@ -42,7 +42,7 @@ def init_ring(
             every rank has it, and "tcp".
         device: where tensors lie: "cpu", "cuda", "cuda:1"; None: the GPU that
             torch.cuda.set_device() chose, or number LOCAL_RANK where it chose none, and the CPU
-            where there is none.
+            where there is none, or what RINGKERN_DEVICE says.
         timeout_s: seconds within which every exchange, and the making of the ring, must be over.
             Over NCCL a rank may be late by half of it; the rest is for finding out which one is.
         secret: at least 32 bytes that every rank knows; None means RINGKERN_SECRET or
@@ -157,7 +157,7 @@ def ring_attn_func(
         ArgumentError: shapes or dtypes do not fit together; no q, k or v was sent.
         TransportError: a rank is gone or late; the ring must be made anew.
     """
-    ring = _current(ring)
+    ring = _current(ring, getattr(q, "device", None))
     asked = dict(
         causal=causal, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap
     )
@@ -207,7 +207,7 @@ def ring_attn_varlen_func(
         out: [total_local, nheads, headdim_v] in q's dtype.
         lse: only with return_lse. [nheads, total_local] float32, natural log.
     """
-    ring = _current(ring)
+    ring = _current(ring, getattr(q, "device", None))
     edges = check_edges("cu_seqlens", cu_seqlens, None)
     plan = _make_plan(ring.world_size, tuple(np.diff(edges).tolist()), layout)
     return ring.attn(
@@ -228,10 +228,10 @@ def ring_attn_varlen_func(
 _make_plan = functools.lru_cache(maxsize=16)(Plan)
 
 
-def _current(ring: Ring | None) -> Ring:
+def _current(ring: Ring | None, device: torch.device | None) -> Ring:
     if ring is None:
         alive = [old for old in _rings if not old.closed]
-        return alive[-1] if alive else init_ring()
+        return alive[-1] if alive else init_ring(device=device)
     check(isinstance(ring, Ring), "ring", "what init_ring() returned", type(ring).__name__)
     return ring
 

@@ -4,6 +4,8 @@ A block is one flat buffer, sent as it is: K then V; or queries; or lse then out
 a pool that lives as long as the ring, so that layers and calls use the same ones.
 """
 
+import math
+
 import torch
 
 from ringkern.cost import block_bytes
@@ -37,7 +39,7 @@ class Blocks:
     """The blocks that a rank holds at one point of its steps, by kind and rank.
 
     Kinds: "kv", "q"; "part", what is computed here for another rank's queries; "arrived", what
-    another rank computed for this rank's.
+    another rank computed for this rank's; "out", this rank's own sum.
     """
 
     def __init__(self, pool: Pool, plan: Plan, problem: Problem, dtype, device, partial_dtype):
@@ -100,6 +102,19 @@ class Blocks:
         rows = self._problem.batch * tokens * self._problem.nheads
         self._hold("part", rank, tokens, 4 * rows * (self._problem.headdim_v + 1))
         return self.part("part", rank, torch.float32)
+
+    def make_out(self, rank: int) -> torch.Tensor | None:
+        """Return room for a rank's own output while it is summed up, float32.
+
+        None where that is what the call returns, which no later call may overwrite.
+        """
+        if self._dtype == torch.float32:
+            return None
+        problem, tokens = self._problem, self._plan.num_tokens(rank)
+        shape = problem.batch, tokens, problem.nheads, problem.headdim_v
+        nbytes = 4 * math.prod(shape)
+        self._hold("out", rank, tokens, nbytes)
+        return self._buffers["out", rank][:nbytes].view(torch.float32).view(shape)
 
     def part(self, kind: str, rank: int, dtype=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (out, lse) of a block, out in the dtype that travels unless one is given."""

@@ -12,6 +12,7 @@ from ringkern.pages import PageTable
 from ringkern.placement import Placement
 from ringkern.plan import Plan
 from ringkern.problem import DTYPES
+from ringkern.upload import upload
 
 _numbers = itertools.count()
 
@@ -19,10 +20,11 @@ _numbers = itertools.count()
 class _Reservation:
     """Where one plan's tokens lie on this rank: made once, used by every layer."""
 
-    def __init__(self, runs, new_slots, all_slots, before):
+    def __init__(self, runs, new_slots, slots, before):
         self.runs = runs  # [n, 5], columns as in types.Run, with slots as offsets
-        self.new_slots = new_slots  # int64 tensors: of the new tokens, in local packed order,
-        self.all_slots = all_slots  # and of all, in the order of plan.kv_runs()
+        self.new_slots = new_slots  # int64 tensor: of the new tokens, in local packed order
+        self.slots = slots  # int64 array: of all, in the order of plan.kv_runs()
+        self.all_slots = None  # the same as a tensor, once a layer gathers them
         self.before = before  # serial of the latest earlier plan of any of these sequences
         self.layers = set()  # that have run
         self.fits = set()  # problems that were checked
@@ -160,6 +162,24 @@ class KVCache:
         local.scatter_rows(k, slots, self._k[layer], self._backend)
         local.scatter_rows(v, slots, self._v[layer], self._backend)
 
+    def reserve(self, plan: Plan, into: torch.Tensor | None) -> torch.Tensor:
+        """Make room for a plan that a graph is to run; return the slots of its new tokens.
+
+        into: the slots of an earlier plan of as many new tokens here, to be overwritten.
+
+        Raises:
+            ArgumentError: the plan is not the next one, or pages run out; nothing was changed.
+        """
+        check(plan.source is self.placement, "plan", "one of the cache's placement", "another's")
+        check(self._reservation(plan) is None, "plan", "one that has not run", plan.serial)
+        self._check_new(plan)
+        return self._reserve(plan, into).new_slots
+
+    def ran(self, plan: Plan) -> None:
+        """Note that a graph has run a plan, for which reserve() made room, in every layer."""
+        self._reservation(plan).layers |= set(range(self.num_layers))
+        self._ran = [max(serial, plan.serial) for serial in self._ran]
+
     def runs(self, plan: Plan) -> np.ndarray:
         """Return where K and V of the plan's sequences lie on this rank.
 
@@ -169,7 +189,10 @@ class KVCache:
 
     def gather(self, plan: Plan, layer: int, k_out, v_out) -> None:
         """Copy K and V of the plan's sequences into [1, tokens, ...], in plan.kv_runs()'s order."""
-        slots = self._reservation(plan).all_slots
+        reservation = self._reservation(plan)
+        if reservation.all_slots is None:
+            reservation.all_slots = upload(reservation.slots, self.ring.device)
+        slots = reservation.all_slots
         local.gather_rows(self._k[layer], slots, k_out, self._backend)
         local.gather_rows(self._v[layer], slots, v_out, self._backend)
 
@@ -253,7 +276,7 @@ class KVCache:
             for rank in counts
         ]
 
-    def _reserve(self, plan: Plan) -> _Reservation:
+    def _reserve(self, plan: Plan, into: torch.Tensor | None = None) -> _Reservation:
         before = max((self._serials.get(number, 0) for number in plan.numbers), default=0)
         for rank, (table, new) in enumerate(zip(self._tables, self._new(plan), strict=True)):
             for number, count in new:
@@ -271,10 +294,8 @@ class KVCache:
         # The last tokens of each sequence here are the new ones.
         packed = plan.kv_runs(self.ring.rank)
         new = np.repeat(packed[:, 2] >= plan.starts[packed[:, 0]], packed[:, 3])
-        all_slots, new_slots = (
-            torch.from_numpy(x).to(self.ring.device) for x in (slots, slots[new])
-        )
-        reservation = _Reservation(runs, new_slots, all_slots, before)
+        new_slots = upload(slots[new], self.ring.device, into)
+        reservation = _Reservation(runs, new_slots, slots, before)
         plan.memo["cache", self.number] = reservation
         return reservation
 

@@ -191,7 +191,8 @@ def _both_us(ring, attend, nbytes, seconds):
 def _neighbours(ring, nbytes):
     """Return a function that posts an exchange with both neighbours, and returns its ticket."""
     send, recv = torch.zeros(2, nbytes, dtype=torch.uint8, device=ring.device)
-    before, after = ((ring.rank + way) % ring.world_size for way in (-1, 1))
+    place = ring.order.index(ring.rank)
+    before, after = (ring.order[(place + way) % ring.world_size] for way in (-1, 1))
     return lambda: ring.post([(after, send)], [(before, recv)])
 
 

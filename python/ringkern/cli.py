@@ -71,6 +71,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--ranks", type=int, default=4, help="processes (default: 4)")
     calibrate.add_argument("--threads", type=int, default=1, help="per process (default: 1)")
+    calibrate.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu, cuda (a GPU for each process), cuda:0 (default: cpu)",
+    )
     calibrate.add_argument("--seconds", type=float, default=3.0, help="to measure (default: 3)")
     calibrate.add_argument(
         "--out",
@@ -236,20 +241,21 @@ def _demo(args) -> int:
     )
 
 
-def measure_rank(worker, seconds: float):
+def measure_rank(worker, seconds: float, device: str):
     """Return the profile of a ring of ranks that launch() started."""
     from ringkern import api, calibrate
 
-    with api.init_ring() as ring:
+    with api.init_ring(device=device) as ring:
         return calibrate.measure(ring, seconds)
 
 
 def _calibrate(args) -> int:
-    from ringkern import launch, profile
+    from ringkern import gpu, launch, profile
 
     check(args.ranks >= 1, "ranks", "at least 1", args.ranks)
     check(args.seconds > 0, "seconds", "more than 0", args.seconds)
-    work = measure_rank, args.ranks, args.seconds
+    gpu.pick_device(args.device, "auto")  # here, where a device that cannot be is the user's error
+    work = measure_rank, args.ranks, args.seconds, args.device
     hardware = launch.launch(*work, threads=args.threads)[0]
     profile.save(hardware, args.out)
     found = dataclasses.asdict(hardware)

@@ -58,15 +58,19 @@ def steps_us(
     hardware: Hardware,
     methods: tuple[str, ...] = METHODS,
     partial_itemsize: int = 4,
+    order: tuple[int, ...] | None = None,
 ) -> dict[str, np.ndarray]:
     """Return what each step takes by each method, float64 [steps, ranks, 2]: (attend, exchange).
 
-    attend holds the merges too. Of a large ring, some ranks are looked at.
+    attend holds the merges too. Of a large ring, some ranks are looked at. order as
+    schedule.make_schedule() takes it.
     """
     sides = tiles.bounds(problem.causal, problem.window_size)
     sees = visibility(plan, *sides)
     ranks = _sample(plan.world_size)
-    outlines = {method: [outline(method, rank, sees) for rank in ranks] for method in methods}
+    outlines = {
+        method: [outline(method, rank, sees, order) for rank in ranks] for method in methods
+    }
     works = _works_us(plan, outlines, sides, problem, hardware)
     sizes = _sizes(plan, problem, partial_itemsize)
     return {
@@ -130,7 +134,11 @@ def _step_us(step, works, sizes, hardware):
 
 
 def predict_us(
-    plan: Plan, problem: Problem, hardware: Hardware, methods: tuple[str, ...] = METHODS
+    plan: Plan,
+    problem: Problem,
+    hardware: Hardware,
+    methods: tuple[str, ...] = METHODS,
+    order: tuple[int, ...] | None = None,
 ) -> dict[str, float]:
     """Return the time of one call by each method: the slowest rank of each step.
 
@@ -143,7 +151,7 @@ def predict_us(
         late = hardware.contention * exchange + np.minimum(hardware.step_us, attend)
         return float(np.maximum(exchange, attend + late).max(axis=1).sum())
 
-    steps = steps_us(plan, problem, hardware, methods)
+    steps = steps_us(plan, problem, hardware, methods, order=order)
     return {method: total(us) for method, us in steps.items()}
 
 
@@ -153,11 +161,13 @@ GATHER_BYTES = 16 << 20
 GATHER_GAIN = 0.02
 
 
-def choose(plan: Plan, problem: Problem, hardware: Hardware) -> Choice:
+def choose(
+    plan: Plan, problem: Problem, hardware: Hardware, order: tuple[int, ...] | None = None
+) -> Choice:
     """Return the method with the least predicted time; a gather must be worth what it holds."""
     if plan.world_size == 1:
         return Choice("pass_kv", "one rank: nothing travels", dict.fromkeys(METHODS, 0.0))
-    predicted = predict_us(plan, problem, hardware)
+    predicted = predict_us(plan, problem, hardware, order=order)
     kv_tokens = sum(plan.kv_tokens(rank) for rank in range(plan.world_size))
     asked = sum(block_bytes(kind, plan.total, problem) for kind in ("q", "part"))
     held = {"gather_kv": block_bytes("kv", kv_tokens, problem), "gather_q": asked}

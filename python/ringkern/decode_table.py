@@ -21,7 +21,9 @@ class DecodeTable(NamedTuple):
     page_size: int
 
 
-def make_decode_table(spans: np.ndarray, rows: int, page_size: int) -> DecodeTable | None:
+def make_decode_table(
+    spans: np.ndarray, rows: int, page_size: int, each_row: bool = False
+) -> DecodeTable | None:
     """Return the tables of a span table, int64 [n, 8]; None where spans are no decode.
 
     That is: a mask, many queries of a sequence, queries that see different keys, or keys that do
@@ -31,8 +33,10 @@ def make_decode_table(spans: np.ndarray, rows: int, page_size: int) -> DecodeTab
         spans: of keys in slots page * page_size + offset; columns as in types.Span.
         rows: of the query tensor.
         page_size: slots of a page.
+        each_row: every query is a sequence of its own, also those without keys, so that the tables'
+            shapes do not depend on the keys; None where a sequence has more queries.
     """
-    if not len(spans):
+    if not len(spans) and not each_row:
         return None
     spans = spans[np.lexsort((np.arange(len(spans)), spans[:, 0]))]
     q0, q1, k0, k1, lo, hi, q_stride, k_stride = spans.T
@@ -44,14 +48,15 @@ def make_decode_table(spans: np.ndarray, rows: int, page_size: int) -> DecodeTab
     last = np.append(of[1:] != of[:-1], True)
     whole = (k0 % page_size == 0) & (last | (k1 % page_size == 0))
     alike = (ends[of] == q1).all() and (begins[1:] >= ends[:-1]).all()
-    few = (ends - begins).max() <= MOST_ROWS
+    few = (ends - begins).max(initial=0) <= (1 if each_row else MOST_ROWS)
     if not (full.all() and whole.all() and alike and few):
         return None
     edges = np.unique(np.concatenate([[0, rows], begins, ends]))
+    edges = np.arange(rows + 1) if each_row else edges
     seq = np.searchsorted(edges, begins)[of]  # rows between are sequences without keys
     pages = -(-k1 // page_size) - k0 // page_size
     count = np.bincount(seq, pages, len(edges) - 1).astype(np.int64)
-    block_table = np.zeros((len(count), max(1, count.max())), dtype=np.int32)
+    block_table = np.zeros((len(count), count.max(initial=1)), dtype=np.int32)
     within = np.arange(pages.sum()) - np.repeat(np.cumsum(pages) - pages, pages)
     numbers = np.repeat(k0 // page_size, pages) + within
     owner = np.repeat(seq, pages)

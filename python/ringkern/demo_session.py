@@ -188,7 +188,7 @@ class RankRun:
 
 def run_rank(worker, session: Session, expected: list[list[int]], timeout_s: float) -> RankRun:
     """Run the session as one of launch()'s ranks."""
-    with api.init_ring(timeout_s=timeout_s) as ring:
+    with api.init_ring(device="cpu", timeout_s=timeout_s) as ring:
         return run_ring(ring, session, expected, worker.say)
 
 

@@ -24,8 +24,13 @@ class DeviceStats(Stats):
         self._beside = torch.cuda.Stream(device)
         self._zero, self._zero_ns = self._synchronize()
 
-    def now(self) -> torch.cuda.Event:
-        """Return a mark on the current stream, which add() takes as a time."""
+    def now(self):
+        """Return a mark on the current stream, which add() takes as a time.
+
+        A graph has no marks: while one is captured, the time of the host.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            return time.monotonic_ns()
         mark = torch.cuda.Event(enable_timing=True)
         mark.record(torch.cuda.current_stream(self._device))
         return mark
@@ -34,6 +39,9 @@ class DeviceStats(Stats):
     def aside(self):
         """Give a stream for what the current one is to wait for; now() marks its end there."""
         current = torch.cuda.current_stream(self._device)
+        if torch.cuda.is_current_stream_capturing():
+            yield current.cuda_stream
+            return
         with torch.cuda.stream(self._beside):
             yield self._beside.cuda_stream
             done = torch.cuda.Event()

@@ -23,6 +23,7 @@ VARIABLES = {
     "RINGKERN_NCCL_MAX_CTAS": "thread blocks that NCCL takes of a GPU at most; default 0: its own",
     "RINGKERN_NCCL_CHANNELS": "NCCL's channels to a peer on another host; default 0: its own",
     "RINGKERN_PROFILE": "a file that `ringkern calibrate` wrote, for the choice of method",
+    "RINGKERN_DEVICE": "the device of rings that name none: cpu, cuda, cuda:1",
     "RINGKERN_BACKEND": "auto, triton or torch: what computes where a call says auto; default auto",
     "RINGKERN_CHECK": "1: compare the arguments of every call between ranks first",
     "RINGKERN_TRACE": "a file for rank 0 to write a trace of all ranks to, when the ring closes",

@@ -9,6 +9,7 @@ import torch
 from ringkern import env
 from ringkern.errors import ArgumentError, RingkernError, UnsupportedError, check
 from ringkern.join import check_alike
+from ringkern.topology import Place, shared_gpus
 
 MANY_RANKS_NCCL = 23000  # the first that can be told to serve several ranks on one GPU
 
@@ -16,8 +17,8 @@ MANY_RANKS_NCCL = 23000  # the first that can be told to serve several ranks on 
 def pick_device(device, transport: str) -> torch.device:
     """Return the device that init_ring()'s argument names.
 
-    None: the GPU that torch.cuda.set_device() chose, or GPU number LOCAL_RANK where it chose none;
-    the CPU where there is no CUDA, and for a "local" ring.
+    None: RINGKERN_DEVICE, else the GPU that torch.cuda.set_device() chose, or GPU number LOCAL_RANK
+    where it chose none; the CPU where there is no CUDA, and for a "local" ring.
 
     Raises:
         ArgumentError: it is no device, or there is no such GPU.
@@ -25,7 +26,7 @@ def pick_device(device, transport: str) -> torch.device:
     """
     if device is None:
         usable = transport != "local" and torch.cuda.is_available()
-        device = "cuda" if usable else "cpu"
+        device = os.environ.get("RINGKERN_DEVICE") or ("cuda" if usable else "cpu")
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -72,14 +73,13 @@ def nccl_path() -> str:
 
 
 def describe(device: torch.device) -> dict:
-    """Return what the other ranks need to know of this rank's device."""
+    """Return what the other ranks need to know of NCCL on this rank."""
     if device.type == "cpu":
-        return {"gpu": None, "nccl": 0, "no_nccl": "a CPU ring"}
+        return {}
     from ringkern import _C
 
     shares = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
-    found = {"gpu": str(torch.cuda.get_device_properties(device).uuid), "shares": shares}
-    found |= {"hostid": os.environ.get("NCCL_HOSTID"), "nccl": 0, "no_nccl": ""}
+    found = {"shares": shares, "hostid": os.environ.get("NCCL_HOSTID"), "nccl": 0, "no_nccl": ""}
     try:
         found["nccl"] = _C.nccl_library(nccl_path())[1]
     except RingkernError as error:
@@ -92,7 +92,7 @@ def takes_nccl(asked: str, every: list[dict]) -> bool:
 
     Args:
         asked: "auto", "nccl" or "tcp", as all ranks did.
-        every: what describe() returned on each rank, with "host".
+        every: what describe() returned on each rank, with "host" and "gpu", which tell these apart.
 
     Raises on every rank alike:
         ArgumentError: ranks claim the same GPU, or have different versions of NCCL.
@@ -119,18 +119,15 @@ def takes_nccl(asked: str, every: list[dict]) -> bool:
 
 def _check_shared(every: list[dict]) -> None:
     """Raise if ranks claim one GPU, which NCCL does not serve unless it was told to."""
-    owners: dict = {}
-    for rank, fact in enumerate(every):
-        owners.setdefault((fact["host"], fact["gpu"]), []).append(rank)
-    for (_, gpu), ranks in owners.items():
+    for ranks in shared_gpus([Place.from_record(fact) for fact in every]):
         told = [every[rank] for rank in ranks]
         shares = all(fact["shares"] and fact["nccl"] >= MANY_RANKS_NCCL for fact in told)
         apart = len({fact["hostid"] for fact in told}) == len(ranks)
         check(
-            len(ranks) == 1 or shares or apart,
+            shares or apart,
             "device",
             "a GPU of its own for each rank",
-            f"{gpu} on ranks {ranks}",
+            f"{told[0]['gpu']} on ranks {ranks}",
             "Call torch.cuda.set_device(LOCAL_RANK) before init_ring(), or give device=; ranks "
             'that are to share a GPU can use transport="tcp".',
         )

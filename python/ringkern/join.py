@@ -25,18 +25,13 @@ def exchange_facts(meeting, secret: bytes | None, facts: Facts) -> list[dict]:
 
     Raises on every rank alike where what must be the same differs.
     """
-    alike = facts.alike | {
-        "own_secret": secret is not None,
-        "RINGKERN_CHECK": env.flag("RINGKERN_CHECK"),
-        "RINGKERN_TRACE": env.trace() is not None,
-    }
-    mine = alike | facts.own | {"rank": meeting.rank}
+    mine = facts.alike | facts.own | {"rank": meeting.rank}
     if meeting.rank == 0:
         mine["ring_id"] = os.urandom(16).hex()
         if secret is None:
             mine["secret"] = os.urandom(env.MIN_SECRET).hex()
     every = meeting.all_gather(mine)
-    for key in alike:
+    for key in facts.alike:
         check_alike(key, [fact[key] for fact in every])
     return every
 

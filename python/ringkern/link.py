@@ -1,6 +1,7 @@
 """A ring's connections with a tensor's face: the extension's pointers and sizes, and who owns them."""
 
 import atexit
+import contextlib
 import itertools
 import time
 import weakref
@@ -36,10 +37,13 @@ class Link:
     Attributes:
         name: "tcp" or "nccl".
         addresses: of the ranks' listeners, "host:port".
+        order: the ranks as the ring goes round; None: by number.
+        device: where the memory is that it moves.
         host: the same ring for host memory: itself, or beside a ring of GPUs.
     """
 
-    device_type = "cpu"
+    device = torch.device("cpu")
+    order: tuple[int, ...] | None = None
 
     def __init__(self, core, name: str, addresses: list[str]):
         self._core, self.name, self.addresses = core, name, addresses
@@ -53,8 +57,7 @@ class Link:
     def exchange(self, sends, recvs) -> Ticket:
         """Post messages: lists of (peer, contiguous tensor). All progress together."""
         for _, x in (*sends, *recvs):
-            want = f"on {self.device_type}, as the ring"
-            check(x.device.type == self.device_type, "tensor", want, x.device)
+            check(x.device == self.device, "tensor", f"on {self.device}, as the ring", x.device)
             check(x.is_contiguous(), "tensor", "contiguous", f"strides {x.stride()}")
         raw = [
             [(peer, x.data_ptr(), x.numel() * x.element_size()) for peer, x in side]
@@ -93,11 +96,9 @@ class Link:
 class DeviceLink(Link):
     """Ranks as processes, for the memory of each one's GPU: on the caller's current stream."""
 
-    device_type = "cuda"
-
     def __init__(self, core, name: str, addresses: list[str], device: torch.device):
         super().__init__(core, name, addresses)
-        self._device, self._host = device, Link(core.host(), name, addresses)
+        self.device, self._host = device, Link(core.host(), name, addresses)
         self._posted: dict[int, object] = {}
         self._clock = None
 
@@ -111,7 +112,7 @@ class DeviceLink(Link):
 
     def stream(self) -> int:
         """Return the handle of the stream that calls are made on."""
-        return torch.cuda.current_stream(self._device).cuda_stream
+        return torch.cuda.current_stream(self.device).cuda_stream
 
     def post(self, sends, recvs, keep) -> Ticket:
         if len(self._kept) >= _CROWD:
@@ -135,6 +136,16 @@ class DeviceLink(Link):
         except KeyboardInterrupt:
             self.abort(f"rank {self.rank} was interrupted")
             raise
+
+    @contextlib.contextmanager
+    def run_of_graph(self):
+        """Have a graph's run watched that is put on the current stream: by the ring's deadline."""
+        stream = self.stream()
+        run = self._core.begin_run(stream)
+        try:
+            yield
+        finally:
+            self._core.end_run(run, stream)
 
     def close(self) -> None:
         self._core.close()

@@ -9,18 +9,23 @@ import torch
 from ringkern import tile_table
 from ringkern.backend import why_not_triton
 from ringkern.decode_table import make_decode_table
+from ringkern.errors import UnsupportedError
 from ringkern.kernels import reference, step_torch
 from ringkern.types import Problem
+from ringkern.upload import upload
 
 
-def make_state(q, headdim_v: int, sinks=None):
-    """Return the running (out, lse) before any key was seen, float32.
+def make_state(q, headdim_v: int, sinks=None, out=None):
+    """Return the running (out, lse) before any key was seen, float32; out in `out` if given.
 
     q [batch, seqlen, nheads, headdim]. A sink is a key with a value of zero that every query of
     its head sees: the state starts with lse = sink instead of -inf.
     """
     batch, seqlen, nheads, _ = q.shape
-    out = q.new_zeros(batch, seqlen, nheads, headdim_v, dtype=torch.float32)
+    if out is None:
+        out = q.new_zeros(batch, seqlen, nheads, headdim_v, dtype=torch.float32)
+    else:
+        out.zero_()
     if sinks is None:
         lse = q.new_full((batch, nheads, seqlen), float("-inf"), dtype=torch.float32)
     else:
@@ -58,6 +63,7 @@ def prepare(
     rows: int,
     page_size: int | None = None,
     phase: str = "middle",
+    room: int | None = None,
 ):
     """Return the work of some spans, as step() takes it: once for all layers.
 
@@ -68,8 +74,21 @@ def prepare(
         page_size: of the cache that K and V are slots of; None: they are packed.
         phase: "middle" adds to a state. "first": the state has seen no key yet, need not hold
             anything, and all of it is written. "only": likewise, and nothing comes after.
+        room: pages of the cache, for work that refill() can give other spans, as CUDA graphs need
+            it: decode by the Triton kernels, one query per sequence. None: for these spans only.
+
+    Raises:
+        UnsupportedError: room was asked for, and this is not such work.
     """
     fresh = phase != "middle"
+    if room:
+        table = _fixed_table(spans, rows, page_size) if backend == "triton" else None
+        if table is None:
+            raise UnsupportedError(
+                "attention in a graph: want Triton's kernels and whole pages of keys for each row, "
+                f"got backend {backend!r}, page_size {page_size}, {rows} rows."
+            )
+        return _prepare_decode(table, problem, device, fresh, room)
     if backend == "torch":
         return _Spans(spans.tolist(), fresh)
     if page_size and problem.batch == 1:
@@ -87,18 +106,40 @@ def prepare(
     return _Tiles(cut.make_table(table, how, device), phase)
 
 
-def _prepare_decode(table, problem, device, fresh) -> _Decode:
+def _fixed_table(spans, rows: int, page_size: int | None):
+    return make_decode_table(spans, rows, page_size, each_row=True) if page_size else None
+
+
+def _prepare_decode(table, problem, device, fresh, room: int | None = None) -> _Decode:
     from ringkern.kernels.decode import choose_splits
 
-    sequences = np.count_nonzero(table.seqlens)
-    splits = choose_splits(
-        sequences, problem.nheads_k, int(table.seqlens.max()), _processors(device)
-    )
-    arrays = table.block_table, table.seqlens, table.cu_seqlens_q
-    tables = tuple(torch.from_numpy(x).to(device) for x in arrays)
-    longest = int(np.diff(table.cu_seqlens_q)[table.seqlens > 0].max())
-    options = dict(max_seqlen_q=longest, page_size=table.page_size, num_splits=splits)
-    return _Decode(tables, options | dict(seeded=not fresh))
+    sequences, longest = np.count_nonzero(table.seqlens), int(table.seqlens.max(initial=0))
+    block_table, queries = table.block_table, np.diff(table.cu_seqlens_q)
+    if room:  # for the longest that can come
+        sequences, longest = len(queries), room * table.page_size
+        block_table = np.zeros((len(queries), room), dtype=np.int32)
+        block_table[:, : table.block_table.shape[1]] = table.block_table
+    else:
+        queries = queries[table.seqlens > 0]
+    splits = choose_splits(sequences, problem.nheads_k, longest, _processors(device))
+    arrays = block_table, table.seqlens, table.cu_seqlens_q
+    tables = tuple(upload(x, device) for x in arrays)
+    options = dict(page_size=table.page_size, num_splits=splits, seeded=not fresh)
+    return _Decode(tables, options | dict(max_seqlen_q=int(queries.max())))
+
+
+def refill(work: _Decode, spans: np.ndarray, rows: int) -> None:
+    """Give work that prepare() made with room other spans of as many rows, in place.
+
+    Raises:
+        UnsupportedError: the spans are not such as room is for.
+    """
+    block_table, seqlens, _ = work.tables
+    table = _fixed_table(spans, rows, work.options["page_size"])
+    if table is None:
+        raise UnsupportedError("attention in a graph: want whole pages of keys for each row.")
+    upload(table.block_table, block_table.device, block_table[:, : table.block_table.shape[1]])
+    upload(table.seqlens, seqlens.device, seqlens)
 
 
 def step(q, k, v, out, lse, work, problem: Problem) -> None:

@@ -38,6 +38,8 @@ class Program:
     """One rank's steps with their buffers, which are the pool's: one program runs at a time.
 
     The buffers that a later program takes are the same, so two programs share them.
+
+    room: pages of the cache, for a program that retarget() can give other plans; else None.
     """
 
     def __init__(
@@ -52,9 +54,11 @@ class Program:
         pool: Pool,
         backend: str,
         page_size: int | None,
+        room: int | None = None,
     ):
         self._plan, self._problem, self._rank = plan, problem, rank
-        self._device, self._backend, self._page_size = device, backend, page_size
+        self._device, self._backend = device, backend
+        self._page_size, self._room = page_size, room
         sent = {(move.kind, move.rank) for step in schedule for move in step.sends}
         self.sends_q = ("q", rank) in sent
         # Room for this rank's K and V on the wire, to be filled before each run; None: they stay.
@@ -64,6 +68,7 @@ class Program:
             if ("kv", rank) in sent:
                 blocks.take("kv", rank, plan.kv_tokens(rank))
                 self.kv_room = blocks.kv(rank)
+            self.out = blocks.make_out(rank)  # the running one; None: every call has its own
             self._steps = [self._make_ready(step, blocks) for step in schedule]
         blocks.drop_all()
 
@@ -120,8 +125,20 @@ class Program:
                 rows=rows,
                 page_size=page_size,
                 phase="middle" if mine else "first",
+                room=self._room,
             ),
         )
+
+    def retarget(self, schedule: tuple[Step, ...], plan: Plan) -> None:
+        """Compute another plan from now on, where the program was made with room, in place.
+
+        Args:
+            schedule: of the other plan, with fixed=True, as this program's was.
+            plan: in which every rank has as many new tokens, and sees the same ranks.
+        """
+        for step, ready in zip(schedule, self._steps, strict=True):
+            for work, made in zip(step.work, ready.works, strict=True):
+                local.refill(made.task, work.spans, plan.num_tokens(work.q_rank))
 
     def run(self, link, stats, q, own_kv, state) -> None:
         """Add the keys of every rank to the state of this rank's queries.

@@ -5,18 +5,18 @@ import torch
 from ringkern import calibrate, env, local
 from ringkern.agreement import agree
 from ringkern.backend import pick_backend
-from ringkern.blocks import Pool
 from ringkern.cache import KVCache
 from ringkern.collectives import Collectives
 from ringkern.cost import Choice, choose
 from ringkern.errors import TransportError, UnsupportedError, check
 from ringkern.plan import Plan
 from ringkern.problem import check_dims, make_problem, signature
-from ringkern.program import Program
-from ringkern.schedule import check_method, make_schedule
+from ringkern.programs import Programs
+from ringkern.schedule import check_method
 from ringkern.stats import Stats
 from ringkern.tracer import make_tracer
 from ringkern.types import Hardware, Problem
+from ringkern.upload import upload
 
 PART_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,6 +31,7 @@ class Ring(Collectives):
         rank, world_size: this rank, and how many there are.
         device: where tensors must lie.
         transport: "tcp", "nccl" or "local".
+        order: the ranks as the ring goes round: neighbours are on one host where they can be.
     """
 
     def __init__(self, transport, device: torch.device, hardware: Hardware | None = None):
@@ -39,9 +40,8 @@ class Ring(Collectives):
         self.device, self.transport = device, transport.name
         self._stats = self._make_stats()
         self._tracer = make_tracer(transport.host, self._stats)
-        self._pool = Pool()
-        self._programs: dict[tuple, Program] = {}  # of the latest plan
-        self._planned: Plan | None = None  # which that is
+        self.order = transport.order or tuple(range(self.world_size))
+        self.programs = Programs(self.rank, device, self.backend, self.order)
         self.compares_arguments = env.flag("RINGKERN_CHECK")
         self._closed = False
 
@@ -188,12 +188,12 @@ class Ring(Collectives):
             method = self._choose(plan, problem).method
         self._stats.begin(method)
         own_kv = cache.write(plan, layer, k, v) if cache else (k, v)
-        program = self._program(plan, method, problem, cache, q.dtype, partial_dtype)
+        program = self.programs.find(plan, method, problem, cache, q.dtype, partial_dtype)
         if program.kv_room:
             self._load(program.kv_room, plan, k, v, cache, layer)
         if program.sends_q:
             q = q.contiguous()
-        state = local.make_state(q, problem.headdim_v, sinks)
+        state = local.make_state(q, problem.headdim_v, sinks, program.out)
         try:
             program.run(self._link, self._stats, q, own_kv, state)
         except BaseException as error:
@@ -205,21 +205,6 @@ class Ring(Collectives):
         self._stats.end()
         out, lse = state
         return out.to(q.dtype), lse
-
-    def _program(self, plan, method, problem, cache, dtype, partial_dtype):
-        """Return the program of such a call: the one of the layer before, or a new one."""
-        if plan is not self._planned:  # those of earlier plans will hardly run again
-            self._programs.clear()
-            self._planned = plan
-        key = method, problem, getattr(cache, "number", None), partial_dtype
-        program = self._programs.get(key)
-        if program is None:
-            schedule = self._schedule(plan, method, problem, cache)
-            sizes = plan, problem, self.rank, dtype, self.device, partial_dtype
-            page_size = getattr(cache, "page_size", None)
-            program = Program(schedule, *sizes, self._pool, self.backend(problem), page_size)
-            self._programs[key] = program
-        return program
 
     def choose(
         self,
@@ -257,28 +242,13 @@ class Ring(Collectives):
         if key not in plan.memo:
             if self._hardware is None and self.world_size > 1:
                 self._hardware = calibrate.probe(self, problem)
-            plan.memo[key] = choose(plan, problem, self._hardware)
+            plan.memo[key] = choose(plan, problem, self._hardware, self.order)
         return plan.memo[key]
 
     @property
     def hardware(self) -> Hardware | None:
         """The ring's profile; None until one was given or measured."""
         return self._hardware
-
-    def _schedule(self, plan, method, problem, cache):
-        key = (
-            "schedule",
-            self.rank,
-            method,
-            problem.causal,
-            problem.window_size,
-            getattr(cache, "number", None),
-        )
-        if key not in plan.memo:
-            own = cache.runs(plan) if cache else None
-            mask = problem.causal, problem.window_size
-            plan.memo[key] = make_schedule(plan, self.rank, method, *mask, own)
-        return plan.memo[key]
 
     def backend(self, problem: Problem) -> str:
         """Return what computes such a problem here: "triton" or "torch"; raise if nothing can."""
@@ -323,7 +293,7 @@ class Ring(Collectives):
         whole = x_local.new_empty(plan.total, *x_local.shape[1:])
         shapes = [(plan.num_tokens(rank), *x_local.shape[1:]) for rank in range(self.world_size)]
         for rank, rows in enumerate(self.gather(x_local.contiguous(), shapes)):
-            whole[torch.from_numpy(plan.indices(rank)).to(whole.device)] = rows
+            whole[upload(plan.indices(rank), whole.device)] = rows
         return whole
 
     # ---- life
@@ -340,6 +310,10 @@ class Ring(Collectives):
         """Return the latest stats.Event of this rank, oldest first: for timelines."""
         return list(self._stats.events)
 
+    def watch(self):
+        """Return a context for the run of a CUDA graph with calls in it: the deadline is on it."""
+        return self._link.run_of_graph()
+
     def close(self) -> None:
         """Leave the ring. Safe to call again; never hangs."""
         if not self._closed:
@@ -351,9 +325,7 @@ class Ring(Collectives):
 
     def drop_buffers(self) -> None:
         """Forget the wire buffers; the next call makes new ones."""
-        self._programs.clear()
-        self._planned = None
-        self._pool.clear()
+        self.programs.clear()
 
     def __enter__(self):
         return self

@@ -6,12 +6,13 @@ import os
 
 import torch
 
-from ringkern import env, gpu
+from ringkern import env, gpu, topology
 from ringkern.errors import UnsupportedError, check
-from ringkern.join import Facts, exchange_facts, host_hash, join
+from ringkern.join import Facts, exchange_facts, join
 from ringkern.link import DeviceLink, Link, close_at_exit
 from ringkern.profile import load
 from ringkern.rendezvous import meet
+from ringkern.topology import Place
 from ringkern.transport_local import LocalGroup, LocalTransport
 
 __all__ = ["LocalGroup", "open_transport"]
@@ -57,8 +58,14 @@ def _open(group, transport, device: torch.device, timeout_s, secret, number, ali
     options = {"lanes": env.lanes(), "checksum": env.flag("RINGKERN_CHECKSUM")}
     nccl = gpu.nccl_options(timeout_s)
     alike |= options | nccl | {"transport": transport, "device": device.type}
+    alike |= {
+        "timeout_s": timeout_s,
+        "own_secret": secret is not None,
+        "RINGKERN_CHECK": env.flag("RINGKERN_CHECK"),
+        "RINGKERN_TRACE": env.trace() is not None,
+    }
+    facts = Facts(alike, topology.here(device).to_record() | gpu.describe(device))
     meeting = meet(group, timeout_s, number)
-    facts = Facts(alike | {"timeout_s": timeout_s}, {"host": host_hash()} | gpu.describe(device))
     every = exchange_facts(meeting, secret, facts)
     on_nccl = device.type == "cuda" and gpu.takes_nccl(transport, every)
     wire_s = timeout_s / 2 if on_nccl else timeout_s
@@ -67,6 +74,7 @@ def _open(group, transport, device: torch.device, timeout_s, secret, number, ali
         link = Link(core, "tcp", addresses)
     else:
         link = _on_gpu(core, addresses, device, nccl if on_nccl else None, wire_s)
+    link.order = topology.ring_order([Place.from_record(fact) for fact in every])
     link.meeting = meeting  # rank 0 may serve the store: it must outlive the others' meeting
     return link
 

@@ -64,6 +64,7 @@ class LocalTransport:
     """One rank's end of a LocalGroup."""
 
     name = "local"
+    order = None
 
     def __init__(self, member, timeout_s: float):
         member = LocalGroup(1)[0] if member is None else member

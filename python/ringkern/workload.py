@@ -99,7 +99,7 @@ def run_rank(worker, workload: Workload, path: str, timeout_s: float) -> list[di
     os.environ["RINGKERN_TRACE"] = path  # of this process
     warnings.filterwarnings("ignore", ".*part alone")  # it goes with the folder
     torch.manual_seed(worker.rank)
-    with api.init_ring(timeout_s=timeout_s) as ring, torch.inference_mode():
+    with api.init_ring(device="cpu", timeout_s=timeout_s) as ring, torch.inference_mode():
         placement = Placement(ring.world_size)
         tokens = workload.cached + workload.new + workload.decode
         cache = KVCache(

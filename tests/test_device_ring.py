@@ -1,4 +1,7 @@
-"""A whole ring over NCCL without a GPU: the extension, the links and the ring over stubs."""
+"""A whole ring of GPUs without one: the extension, the links and the ring, over stubs.
+
+Over NCCL, and over TCP by way of pinned memory.
+"""
 
 import threading
 import time
@@ -11,18 +14,13 @@ from close import assert_close, assert_lse_close
 from ringkern import _C
 from ringkern.errors import ArgumentError, TransportError, UnsupportedError
 from ringkern.kernels import reference
-from stub_gpu import LIMIT_S, run_stub_nccl, stubs
+from stub_gpu import LIMIT_S, run_stub, stubs, why_no_stubs
 
+BOTH = pytest.mark.parametrize("transport", ["nccl", "tcp"])
 METHODS = "pass_kv", "pass_q", "gather_kv", "gather_q"
 
 
-def loaded_nccl() -> str:
-    """Return why the stub NCCL cannot be used: a real one is loaded, and comes first."""
-    with open("/proc/self/maps") as maps:
-        return "a real NCCL is loaded" if "libnccl.so" in maps.read() else ""
-
-
-pytestmark = pytest.mark.skipif(bool(loaded_nccl()), reason=loaded_nccl() or "no NCCL is loaded")
+pytestmark = pytest.mark.skipif(bool(why_no_stubs()), reason=why_no_stubs() or "none")
 
 
 def make(total, dtype, seed):
@@ -30,7 +28,7 @@ def make(total, dtype, seed):
     return [torch.randn(total, n, 16, generator=draw).to(dtype) for n in (4, 2, 2)]
 
 
-def prefill_and_decode(ring, dtype):
+def prefill_and_decode(ring, dtype, transport):
     """Return this rank's results of a prefill of an odd length and two tokens more, by method."""
     found = {}
     for method in METHODS:
@@ -46,23 +44,25 @@ def prefill_and_decode(ring, dtype):
     stats = ring.stats()
     assert stats["bytes_sent"] == stats["bytes_planned"]
     assert stats["transport"]["bytes_sent"] >= stats["bytes_sent"]
-    assert ring.transport == "nccl"
+    assert ring.transport == transport
     return found
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_method_over_nccl_is_exact(world_size, dtype):
+@BOTH
+def test_every_method_is_exact(world_size, dtype, transport):
     qkv = [torch.cat(parts) for parts in zip(*(make(n, dtype, i) for i, n in enumerate((13, 1, 1))),
                                              strict=True)]  # fmt: skip
     dense = [x[None] for x in qkv]
     want, _ = reference.attn(*dense, causal=True)
     base, _ = reference.attn(*dense, causal=True, dtype=dtype)
     edges = (0, 13), (13, 14), (14, 15)
-    for found in run_stub_nccl(prefill_and_decode, world_size, dtype):
+    each = run_stub(prefill_and_decode, world_size, dtype, transport, transport=transport)
+    for found in each:
         for (method, step), out in found.items():
             lo, hi = edges[step]
-            name = f"{world_size=} {dtype=} {method} step {step}"
+            name = f"{transport=} {world_size=} {dtype=} {method} step {step}"
             assert_close(out[None], want[:, lo:hi], base[:, lo:hi], name=name)
 
 
@@ -80,8 +80,9 @@ def talk_on_both_planes(ring):
         ring.post([(after, x), (after, torch.empty(2, device="meta"))], [])
 
 
-def test_host_messages_travel_beside_device_messages():
-    run_stub_nccl(talk_on_both_planes, 3)
+@BOTH
+def test_host_messages_travel_beside_device_messages(transport):
+    run_stub(talk_on_both_planes, 3, transport=transport)
 
 
 def keep_until_over(ring, posted, checked):
@@ -110,8 +111,9 @@ def keep_until_over(ring, posted, checked):
     assert seen() is None
 
 
-def test_buffers_live_until_the_gpu_is_done_with_them():
-    run_stub_nccl(keep_until_over, 2, threading.Event(), threading.Event())
+@BOTH
+def test_buffers_live_until_the_gpu_is_done_with_them(transport):
+    run_stub(keep_until_over, 2, threading.Event(), threading.Event(), transport=transport)
 
 
 def fail_on_rank_one(ring):
@@ -130,9 +132,10 @@ def fail_on_rank_one(ring):
     assert again.value.origin == 1
 
 
-def test_a_failure_is_everybodys_and_a_new_ring_works():
-    run_stub_nccl(fail_on_rank_one, 3)
-    run_stub_nccl(talk_on_both_planes, 3)
+@BOTH
+def test_a_failure_is_everybodys_and_a_new_ring_works(transport):
+    run_stub(fail_on_rank_one, 3, transport=transport)
+    run_stub(talk_on_both_planes, 3, transport=transport)
 
 
 def test_the_library_says_which_it_is_and_what_it_lacks():
@@ -148,7 +151,8 @@ def test_the_library_says_which_it_is_and_what_it_lacks():
         _C.nccl_library("no-such-nccl.so")
 
 
-def test_lse_of_rows_without_keys_over_nccl():
+@BOTH
+def test_lse_of_ranks_without_queries(transport):
     def run(ring):
         plan = ringkern.Placement(ring.world_size).prefill({"a": 1})  # two of three have no token
         mine = [plan.shard(x, ring.rank) for x in make(1, torch.float32, 0)]
@@ -156,6 +160,6 @@ def test_lse_of_rows_without_keys_over_nccl():
         return ring.unshard(out, plan), ring.unshard(lse.T.contiguous(), plan)
 
     want, want_lse = reference.attn(*[x[None] for x in make(1, torch.float32, 0)], causal=True)
-    for out, lse in run_stub_nccl(run, 3):
+    for out, lse in run_stub(run, 3, transport=transport):
         assert_close(out[None], want, want.float(), name="out")
         assert_lse_close(lse.T[None], want_lse, name="lse")

@@ -1,0 +1,99 @@
+"""Decode steps as CUDA graphs."""
+
+import torch
+
+from ringkern.cache import KVCache
+from ringkern.errors import UnsupportedError, check
+from ringkern.plan import Plan
+from ringkern.ring import Ring
+from ringkern.schedule import visibility
+from ringkern.tiles import UNBOUNDED
+
+
+class _Shape:
+    """Plans that one graph can run: they differ in lengths and slots alone."""
+
+    def __init__(self):
+        self.programs: dict = {}
+        self.slots = None  # of the new tokens, where the graph reads them
+        self.replay = self.result = None
+
+
+class DecodeGraphs:
+    """Runs decode steps as CUDA graphs, so that the host has next to nothing to do for a layer.
+
+        def step(plan):  # all layers, on tensors that stay where they are
+            ...
+            x = ring.attn(q, k, v, plan, cache=cache, layer=layer, method="gather_q")
+            ...
+            return tokens
+
+        graphs = ringkern.DecodeGraphs(ring, cache, step)
+        for _ in range(128):
+            tokens = graphs.run(placement.decode(ids))
+
+    New tokens go to the ranks in turn, so world_size graphs serve a batch that stays as it is: the
+    first step of each kind runs as it is, the second is captured, and the others replay it with
+    their lengths and pages in its tables. Every rank must run the same plans.
+
+    Args:
+        ring: over NCCL, for plans that run.
+        cache: which every ring.attn() of a step is given; page_size divides 256.
+        step: step(plan) does a step: queues work on the current stream, reads its inputs from
+            tensors that are the same in every call, of which this rank has plan.num_tokens(rank)
+            rows, and returns tensors. By methods gather_q and pass_q, without windows.
+    """
+
+    def __init__(self, ring: Ring, cache: KVCache, step):
+        check(isinstance(ring, Ring), "ring", "what init_ring() returned", type(ring).__name__)
+        if ring.transport != "nccl":
+            raise UnsupportedError(
+                f"DecodeGraphs: want a ring over NCCL, got one over {ring.transport}."
+            )
+        check(isinstance(cache, KVCache), "cache", "a KVCache", type(cache).__name__)
+        check(cache.ring is ring, "cache", "one that was made for this ring", "another's")
+        check(callable(step), "step", "a function of a plan", type(step).__name__)
+        self._ring, self._cache, self._step = ring, cache, step
+        self._shapes: dict[tuple, _Shape] = {}
+        self._memory = None  # the graphs', which one run after another
+
+    def run(self, plan: Plan):
+        """Return what step(plan) returns; tensors of a graph hold it until the next run.
+
+        Raises:
+            ArgumentError: the plan is no decode, or not the next one of its sequences, or pages run
+                out; nothing was changed.
+            UnsupportedError: a call of the step is not such as a graph can run with other lengths.
+            TransportError: a rank is gone or late.
+        """
+        self._ring.check_open()
+        check(isinstance(plan, Plan), "plan", "a Plan", type(plan).__name__)
+        ok = set(plan.lengths) == {1}
+        check(ok, "plan", "one new token per sequence, as decode() plans", plan.lengths)
+        shape = self._shapes.setdefault(self._key(plan), _Shape())
+        shape.slots = self._cache.reserve(plan, shape.slots)
+        self._ring.programs.retarget(shape.programs, plan, self._cache)
+        with self._ring.programs.fixed(shape.programs):
+            if not shape.programs:
+                return self._step(plan)
+            if shape.replay is None:
+                shape.result, shape.replay = self.capture(lambda: self._step(plan))
+            else:
+                self._cache.ran(plan)
+        with self._ring.watch():
+            shape.replay()
+        return shape.result
+
+    def capture(self, step):
+        """Return (what step() returns, a function that does its work again) without doing it."""
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            result = step()
+        return result, graph.replay
+
+    def _key(self, plan: Plan) -> tuple:
+        """Return what is the same of plans of a shape, on every rank."""
+        counts = tuple(plan.num_tokens(rank) for rank in range(plan.world_size))
+        return counts, visibility(plan, UNBOUNDED, 0).tobytes()

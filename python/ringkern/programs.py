@@ -1,0 +1,105 @@
+"""The programs of a ring: each made once, for all layers of a plan, or for all plans of a shape."""
+
+import contextlib
+
+import torch
+
+from ringkern.blocks import Pool
+from ringkern.errors import UnsupportedError, check
+from ringkern.plan import Plan
+from ringkern.program import Program
+from ringkern.schedule import make_schedule
+from ringkern.tiles import CUT_ROWS
+
+
+class Programs:
+    """Finds a call's program, or makes it.
+
+    Args:
+        rank: whose programs.
+        device: where they compute.
+        backend: backend(problem) -> what computes it there.
+        order: the ranks as the ring goes round.
+    """
+
+    def __init__(self, rank: int, device: torch.device, backend, order: tuple[int, ...]):
+        self._rank, self._device, self._backend, self._order = rank, device, backend, order
+        self._pool = Pool()
+        self._latest: dict[tuple, Program] = {}  # of the latest plan
+        self._plan: Plan | None = None  # which that is
+        self._fixed: dict[tuple, Program] | None = None
+        self._captured: list[Program] = []  # graphs use their buffers
+
+    def find(self, plan, method, problem, cache, dtype, partial_dtype) -> Program:
+        """Return the program of such a call: the one of the layer before, or a new one."""
+        if plan is not self._plan:  # those of earlier plans will hardly run again
+            self._latest.clear()
+            self._plan = plan
+        programs = self._latest if self._fixed is None else self._fixed
+        key = method, problem, getattr(cache, "number", None), partial_dtype
+        program = programs.get(key)
+        captures = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if program is None:
+            hint = "Make the same call with this plan once before the capture."
+            check(not captures, "plan", "one that has run, for a CUDA graph", "a new one", hint)
+            program = self._make(plan, method, problem, cache, dtype, partial_dtype)
+            programs[key] = program
+        if captures and program not in self._captured:
+            self._captured.append(program)
+        return program
+
+    def _make(self, plan, method, problem, cache, dtype, partial_dtype):
+        fixed = self._fixed is not None
+        if fixed:
+            _check_fixed(method, problem, cache, self._backend(problem))
+        schedule = self._schedule(plan, method, problem, cache, fixed)
+        sizes = plan, problem, self._rank, dtype, self._device, partial_dtype
+        # What a graph uses is nobody else's: a program of another plan may run between its runs.
+        pool = Pool() if fixed else self._pool
+        pages = getattr(cache, "page_size", None), cache.num_pages if fixed else None
+        return Program(schedule, *sizes, pool, self._backend(problem), *pages)
+
+    def _schedule(self, plan, method, problem, cache, fixed=False):
+        mask = problem.causal, problem.window_size
+        number = getattr(cache, "number", None)
+        key = "schedule", self._rank, method, *mask, number, fixed, self._order
+        if key not in plan.memo:
+            own = cache.runs(plan) if cache else None
+            plan.memo[key] = make_schedule(plan, self._rank, method, *mask, own, fixed, self._order)
+        return plan.memo[key]
+
+    # ---- for graphs
+
+    @contextlib.contextmanager
+    def fixed(self, programs: dict[tuple, Program]):
+        """Have calls find and leave their programs in `programs`, made for any plan of a shape."""
+        self._fixed = programs
+        try:
+            yield
+        finally:
+            self._fixed = None
+
+    def retarget(self, programs: dict[tuple, Program], plan: Plan, cache) -> None:
+        """Let fixed programs compute another plan of their shape, in place."""
+        for (method, problem, _, _), program in programs.items():
+            program.retarget(self._schedule(plan, method, problem, cache, True), plan)
+
+    def clear(self) -> None:
+        """Forget the programs and their buffers, but for what graphs use."""
+        self._latest.clear()
+        self._plan = None
+        self._pool.clear()
+
+
+def _check_fixed(method, problem, cache, backend: str) -> None:
+    """Raise unless a graph can run such a call with other lengths; alike on every rank."""
+    check(cache is not None, "cache", "one, in a step of DecodeGraphs", "None")
+    size = cache.page_size
+    for name, ok, want, got in (
+        ("method", method in ("gather_q", "pass_q"), "gather_q or pass_q", method),
+        ("window_size", problem.window_size == (-1, -1), "no window", problem.window_size),
+        ("page_size", CUT_ROWS % size == 0, f"a page_size that divides {CUT_ROWS}", size),
+        ("backend", backend == "triton", "Triton's kernels", backend),
+    ):
+        if not ok:
+            raise UnsupportedError(f"{name} in a step of DecodeGraphs: want {want}, got {got}.")

@@ -1,0 +1,174 @@
+"""Decode steps as graphs: tables that are overwritten in place give what a new call gives.
+
+Without a GPU a graph is stood in for by making the captured calls again: with the plan, the program
+and the slots of the capture, whose contents alone have changed since.
+"""
+
+import accelerator  # noqa: F401 - so that threads take turns in Triton's interpreter
+import pytest
+import ringkern
+import torch
+from close import assert_close
+from ringkern.errors import ArgumentError, UnsupportedError
+from ringkern.graphs import DecodeGraphs
+from ringkern.kernels import reference
+from stub_gpu import run_stub, why_no_stubs
+
+pytestmark = pytest.mark.skipif(bool(why_no_stubs()), reason=why_no_stubs() or "none")
+
+HEADS = 4, 2, 2  # of q, k and v
+HEADDIM = 16
+LAYERS = 1
+LENGTHS = {"a": 9, "b": 2, "c": 5}  # of three ranks some hold no key of b
+
+
+class Again(DecodeGraphs):
+    """DecodeGraphs whose graphs are the calls themselves."""
+
+    def __init__(self, ring, cache, step):
+        super().__init__(ring, cache, step)
+        self.replays = 0
+
+    def capture(self, step):
+        programs, result = self._ring.programs._fixed, []
+
+        def replay():
+            self.replays += 1
+            cache = self._cache
+            cache.check_call = lambda *given: None  # Python does not run in a replay
+            with self._ring.programs.fixed(programs):
+                result[:] = [step()]
+            del cache.check_call
+
+        return result, replay
+
+
+class Session:
+    """A cache with three sequences in it, and their keys so far."""
+
+    def __init__(self, ring, method="gather_q", num_pages=32):
+        self.ring, self.options = ring, dict(method=method)
+        self.placement = ringkern.Placement(ring.world_size)
+        self.cache = ringkern.KVCache(
+            ring, self.placement, num_layers=LAYERS, nheads_k=2, headdim=HEADDIM, dtype=torch.float32,
+            num_pages=num_pages, page_size=4,
+        )  # fmt: skip
+        self.draw = torch.Generator().manual_seed(1)
+        self.whole = {name: [] for name in LENGTHS}
+        plan = self.placement.prefill(LENGTHS)
+        self.feed(plan)
+        for layer in range(LAYERS):
+            ring.attn(*self.mine, plan, cache=self.cache, layer=layer, method="pass_kv")
+
+    def feed(self, plan) -> None:
+        """Draw the plan's tokens; keep this rank's where steps read them."""
+        new = [torch.randn(plan.total, n, HEADDIM, generator=self.draw) for n in HEADS]
+        rows = zip(*(x.split(plan.lengths) for x in new), strict=True)
+        for name, qkv in zip(plan.sequences, rows, strict=True):
+            self.whole[name].append(qkv)
+        self.mine = [plan.shard(x, self.ring.rank) for x in new]
+
+    def step(self, plan):
+        given = dict(cache=self.cache) | self.options
+        return [self.ring.attn(*self.mine, plan, layer=layer, **given) for layer in range(LAYERS)]
+
+    def want(self, plan) -> torch.Tensor:
+        """Return the new tokens' attention to all keys of their sequences, in packed order."""
+        found = []
+        for name in plan.sequences:
+            q, k, v = (torch.cat(parts)[None] for parts in zip(*self.whole[name], strict=True))
+            found.append(reference.attn(q[:, -1:], k, v)[0][0])
+        return torch.cat(found)
+
+
+def _layers(result):
+    """Return the outputs of a step that ran, or of one that was run again."""
+    return result[0] if isinstance(result[0], list) else result
+
+
+def decode(ring, method, steps):
+    session = Session(ring, method=method)
+    graphs = Again(ring, session.cache, session.step)
+    for number in range(steps):
+        names = list(LENGTHS) if number != 4 else ["c", "a"]  # a batch of another shape between
+        plan = session.placement.decode(names)
+        session.feed(plan)
+        result = graphs.run(plan)
+        for out in _layers(result):
+            got = ring.unshard(out, plan)
+            want = session.want(plan)
+            assert_close(got, want, want.float(), name=f"{method} step {number} rank {ring.rank}")
+    assert session.cache.stats()["tokens"] > 0
+    return graphs.replays
+
+
+@pytest.mark.parametrize("method", ["gather_q", "pass_q"])
+def test_replays_match_new_calls(monkeypatch, method):
+    monkeypatch.setenv("RINGKERN_BACKEND", "triton")
+    replays = run_stub(decode, 3, method, 11)
+    assert len(set(replays)) == 1 and replays[0] >= 3
+
+
+def refuse(ring):
+    session = Session(ring)
+    graphs = Again(ring, session.cache, session.step)
+    plan = session.placement.prefill({"a": 2})
+    with pytest.raises(ArgumentError, match="one new token per sequence"):
+        graphs.run(plan)
+    session.placement.truncate("a", 9)
+    for options, match in (
+        (dict(method="pass_kv"), "method.*want gather_q or pass_q, got pass_kv"),
+        (dict(window_size=(3, 0)), "window_size.*want no window"),
+        (dict(cache=None), "cache"),
+    ):
+        plan = session.placement.decode(["a"])
+        session.feed(plan)
+        session.options = dict(method="gather_q") | options
+        with pytest.raises((UnsupportedError, ArgumentError), match=match):
+            graphs.run(plan)
+        session.placement.truncate("a", 9)
+    for bad in (dict(step=None), dict(cache=None), dict(ring=None)):
+        given = dict(ring=ring, cache=session.cache, step=session.step) | bad
+        with pytest.raises(ArgumentError, match=next(iter(bad))):
+            DecodeGraphs(**given)
+
+
+def test_what_a_graph_cannot_do_is_refused(monkeypatch):
+    monkeypatch.setenv("RINGKERN_BACKEND", "triton")
+    run_stub(refuse, 2)
+
+
+def over_tcp(ring):
+    session = Session(ring)
+    with pytest.raises(UnsupportedError, match="want a ring over NCCL, got one over tcp"):
+        DecodeGraphs(ring, session.cache, session.step)
+
+
+def test_a_ring_over_tcp_has_no_graphs():
+    run_stub(over_tcp, 2, transport="tcp")
+
+
+def run_out(ring):
+    """A plan for which pages run out changes nothing: it runs after a sequence was freed."""
+    session = Session(ring, num_pages=5)
+    graphs = Again(ring, session.cache, session.step)
+    for _ in range(40):
+        plan = session.placement.decode(["a"])
+        session.feed(plan)
+        before = session.cache.stats()
+        try:
+            graphs.run(plan)
+        except ArgumentError as error:
+            assert "num_pages: want 1 free pages" in str(error)
+            break
+    assert session.cache.stats() == before
+    session.placement.free("c")
+    result = graphs.run(plan)
+    out = _layers(result)[0]
+    want = session.want(plan)
+    assert_close(ring.unshard(out, plan), want, want.float(), name="after the free")
+
+
+def test_pages_that_run_out_change_nothing(monkeypatch):
+    monkeypatch.setenv("RINGKERN_BACKEND", "triton")
+    run_stub(run_out, 2)
