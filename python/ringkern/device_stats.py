@@ -7,20 +7,22 @@ import torch
 
 from ringkern.stats import Call, Event, Stats
 
-_CROWD = 1024  # events that may wait for the GPU before it is asked which it has passed
+_CROWD = 1024  # entries that may wait for the GPU before it is asked which it has passed
 
 
-class DeviceStats(Stats):
+class DeviceStats:
     """Stats whose times are when the GPU came to something, not when the host asked for it.
 
-    now() puts a mark on the current stream, which costs some microseconds: for traces. Marks become
-    times once the GPU has passed them; who reads figures waits for that.
+    now() puts a mark on the current stream, which costs some microseconds: for traces. What is
+    recorded waits until the GPU has passed its marks; who reads figures waits for that as well.
     """
 
     def __init__(self, device: torch.device):
-        super().__init__()
-        self._device = device
-        self._waiting: list[tuple] = []  # (method to be called, record, tuple), oldest first
+        self.steps = self.bytes_planned = self.bytes_sent = 0
+        self._device, self._stats = device, Stats()
+        self._when_ns = 0  # of what is being entered into the stats
+        self._stats.now = lambda: self._when_ns
+        self._waiting: list[tuple] = []  # (method of Stats, marks, other arguments), in order
         self._beside = torch.cuda.Stream(device)
         self._zero, self._zero_ns = self._synchronize()
 
@@ -48,6 +50,77 @@ class DeviceStats(Stats):
             done.record(self._beside)
         current.wait_event(done)
 
+    # ---- in a call, as Stats has them
+
+    def begin(self, method: str) -> None:
+        self._waiting.append(("begin", [self.now()], (method,)))
+
+    def add(self, name: str, step: int, start, end, nbytes: int = 0) -> None:
+        self._waiting.append(("add", [start, end], (name, step, nbytes)))
+
+    def end(self) -> None:
+        self._waiting.append(("end", [self.now()], ()))
+        if len(self._waiting) >= _CROWD:
+            self._settle(wait=False)
+
+    # ---- afterwards, as Stats has them
+
+    def keep(self, count: int) -> None:
+        self._stats.keep(count)
+
+    @property
+    def events(self) -> list[Event]:
+        self._settle()
+        return self._stats.events
+
+    @property
+    def finished(self) -> list[Call]:
+        self._settle()
+        return self._stats.finished
+
+    @property
+    def dropped(self) -> int:
+        self._settle()
+        return self._stats.dropped
+
+    def to_dict(self) -> dict:
+        self._settle()
+        counts = dict(
+            steps=self.steps, bytes_planned=self.bytes_planned, bytes_sent=self.bytes_sent
+        )
+        return self._stats.to_dict() | counts
+
+    # ---- marks
+
+    def _settle(self, wait: bool = True) -> None:
+        """Enter what waits into the stats: all, or as far as the GPU has come."""
+        done = 0
+        for method, marks, others in self._waiting:
+            marked = [mark for mark in marks if not isinstance(mark, int)]
+            if wait:
+                for mark in marked:
+                    mark.synchronize()
+            elif not all(mark.query() for mark in marked):
+                break
+            times = [self._ns(mark) for mark in marks]
+            if method == "add":
+                name, step, nbytes = others
+                self._stats.add(name, step, *times, nbytes)
+            else:
+                self._when_ns = times[0]
+                getattr(self._stats, method)(*others)
+            done += 1
+        del self._waiting[:done]
+
+    def _ns(self, mark) -> int:
+        if isinstance(mark, int):
+            return mark
+        since_ms = self._zero.elapsed_time(mark)
+        when_ns = self._zero_ns + int(1e6 * since_ms)
+        if since_ms > 1e3:  # it is a float32: count from nearby
+            self._zero, self._zero_ns = mark, when_ns
+        return when_ns
+
     def _synchronize(self) -> tuple[torch.cuda.Event, int]:
         """Return a mark and the host's time of it: of several, the one that took least to see."""
         found = []
@@ -60,57 +133,3 @@ class DeviceStats(Stats):
             found.append((after_ns - before_ns, mark, (before_ns + after_ns) // 2))
         _, mark, when_ns = min(found, key=lambda each: each[0])
         return mark, when_ns
-
-    # ---- what Stats does at once
-
-    def _enter(self, record, event: tuple) -> None:
-        self._waiting.append((super()._enter, record, event))
-
-    def _finish(self, record, call: tuple) -> None:
-        self._waiting.append((super()._finish, record, call))
-        if len(self._waiting) >= _CROWD:
-            self._settle(wait=False)
-
-    def _settle(self, wait: bool = True) -> None:
-        """Turn marks into times: all, or those that the GPU has passed."""
-        done = 0
-        for then, record, entry in self._waiting:
-            marks = [x for x in entry if isinstance(x, torch.cuda.Event)]
-            if wait:
-                for mark in marks:
-                    mark.synchronize()
-            elif not all(mark.query() for mark in marks):
-                break
-            times = [self._ns(x) if isinstance(x, torch.cuda.Event) else x for x in entry]
-            then(record, tuple(times))
-            done += 1
-        del self._waiting[:done]
-
-    def _ns(self, mark: torch.cuda.Event) -> int:
-        since_ms = self._zero.elapsed_time(mark)
-        when_ns = self._zero_ns + int(1e6 * since_ms)
-        if since_ms > 1e3:  # it is a float32: count from nearby
-            self._zero, self._zero_ns = mark, when_ns
-        return when_ns
-
-    # ---- afterwards
-
-    @property
-    def events(self) -> list[Event]:
-        self._settle()
-        return super().events
-
-    @property
-    def finished(self) -> list[Call]:
-        self._settle()
-        return super().finished
-
-    @property
-    def dropped(self) -> int:
-        self._settle()
-        return super().dropped
-
-    def to_dict(self) -> dict:
-        """Return the totals, as Stats does."""
-        self._settle()
-        return super().to_dict()

@@ -47,6 +47,7 @@ class Stats:
         self.calls = self.steps = self.bytes_planned = self.bytes_sent = 0
         self._methods: dict[str, _Method] = {}
         self.recorded = 0  # events, kept or not
+        self.now = time.monotonic_ns  # what add() takes as a time
         self.keep(self.KEPT)
 
     def keep(self, count: int) -> None:
@@ -56,17 +57,12 @@ class Stats:
 
     # ---- in a call: called at every step, so tuples and ints only
 
-    @staticmethod
-    def now() -> int:
-        """Return the time, as add() takes it."""
-        return time.monotonic_ns()
-
     def begin(self, method: str) -> None:
         """Count what follows as a call of this method, until end()."""
         record = self._methods.get(method)
         if record is None:
             record = self._methods[method] = _Method()
-        self._method, self._record = method, record
+        self._method, self._record, self._totals = method, record, record.steps
         self._start = self.now()
 
     def count(self, nbytes: int, planned: int) -> None:
@@ -77,28 +73,22 @@ class Stats:
 
     def add(self, name: str, step: int, start: int, end: int, nbytes: int = 0) -> None:
         """Record an event of the call that begin() began; times as now() gives them."""
-        self._enter(self._record, (name, self.calls, step, start, end, nbytes, self._method))
-
-    def end(self) -> None:
-        """Count the call as finished."""
-        self._finish(self._record, (self._method, self.calls, self._start, self.now()))
-        self._record.calls += 1
-        self.calls += 1
-
-    def _enter(self, record: _Method, event: tuple) -> None:
-        name, _, step, start_ns, end_ns, nbytes, _ = event
-        totals = record.steps
+        totals = self._totals
         while step >= len(totals):
             totals.append([0] * (_BYTES + 1))
         row = totals[step]
-        row[_COLUMN[name]] += end_ns - start_ns
+        row[_COLUMN[name]] += end - start
         row[_BYTES] += nbytes
         self.recorded += 1
-        self._events.append(event)
+        self._events.append((name, self.calls, step, start, end, nbytes, self._method))
 
-    def _finish(self, record: _Method, call: tuple) -> None:
-        self._finished.append(call)
-        record.call_ns += call[3] - call[2]
+    def end(self) -> None:
+        """Count the call as finished."""
+        end, record = self.now(), self._record
+        self._finished.append((self._method, self.calls, self._start, end))
+        record.call_ns += end - self._start
+        record.calls += 1
+        self.calls += 1
 
     # ---- afterwards
 
