@@ -12,8 +12,8 @@
 namespace ringkern {
 
 struct StagingOptions {
-  // Messages go through slots of pinned memory, a piece in each; the same on all ranks. What is the
-  // best size of a system call is also the least that a GPU's copy engine copies at full speed.
+  // Messages go through slots of pinned memory, a piece in each; the same on all ranks. As large as
+  // the wire's own pieces.
   std::size_t slot_bytes = std::size_t{1} << 20;
   // How many slots a peer gets in each direction at most: one is copied, one is on the wire, and
   // the others keep both busy when neither is even.

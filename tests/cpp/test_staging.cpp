@@ -129,6 +129,26 @@ TEST_CASE("to oneself the GPU copies, and no caller waits for that") {
   }
 }
 
+TEST_CASE("an exchange with others and oneself is done when all of its copies are") {
+  run_staged(2, staging_options(), [](const StagedRank& it) {
+    if (it.rank == 0) stub::let_copies("DtoD", 0);
+    it.meet();
+    Messages messages(it, {0, 1}, 100, 0);
+    it.ring.wait(messages.ticket, it.stream);
+    until([&] {
+      return times("HtoD done", messages.in[static_cast<std::size_t>(1 - it.rank)]) == 2;
+    });
+    CHECK_FALSE(stub::drained(it.stream));
+    CHECK(it.ring.settled() < messages.ticket);
+    it.meet();
+    stub::let_copies("DtoD", -1);
+    sync(it.stream);
+    CHECK(messages.in[static_cast<std::size_t>(it.rank)] ==
+          pattern(100, seed(it.rank, it.rank, 0)));
+    CHECK(it.ring.settled() == messages.ticket);
+  });
+}
+
 TEST_CASE("buffers are settled when the GPU has done with them, waited for or not") {
   for (const bool waits : {false, true}) {
     CAPTURE(waits);
