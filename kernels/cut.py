@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 from ringkern.kernels import configs
@@ -31,7 +32,7 @@ class Table(NamedTuple):
     tiles: torch.Tensor  # int32 [n * splits, 5]: q0, q1, begin, middle, end
     pieces: torch.Tensor  # int32 [m, 6]: k0, k1, lo, hi, q_stride, k_stride
     splits: int  # parts of each tile, which are merged after the step
-    rows: tuple[int, int]  # the first row of any tile, and the end of the last
+    rows: tuple[int, ...]  # in tiles: where each run of them begins and ends
     cut: Cut
 
 
@@ -69,7 +70,8 @@ def tiles_to_fill(cut: Cut, batch: int, nheads: int, processors: int) -> int:
 
 
 def make_table(tile_table, cut: Cut, device) -> Table:
-    """Return a ringkern.tile_table.TileTable, made with cut.block_q and cut.block_n, on a device."""
+    """Return a ringkern.tile_table.TileTable, of cut.block_q and cut.block_n, on a device."""
     tiles, pieces = (torch.from_numpy(x).to(device) for x in (tile_table.tiles, tile_table.pieces))
-    rows = tile_table.tiles[:, 0].min(initial=(1 << 31) - 1), tile_table.tiles[:, 1].max(initial=0)
-    return Table(tiles, pieces, tile_table.splits, tuple(map(int, rows)), cut)
+    # No two tiles share rows, so where one ends and another begins is no border of a run.
+    rows = np.setxor1d(tile_table.tiles[:, 0], tile_table.tiles[:, 1])
+    return Table(tiles, pieces, tile_table.splits, tuple(rows.tolist()), cut)

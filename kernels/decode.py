@@ -226,19 +226,20 @@ def variants(arch: int) -> list[Variant]:
         ("bfloat16-d256-seeded", "bfloat16", 256, 256, 32, dict(seeded=True)),
         ("float32-d128", "float32", 128, 128, 8, {}),
         ("float32-d256", "float32", 256, 256, 8, {}),
+        ("float32-d128-tf32", "float32", 128, 128, 8, dict(precision="tf32")),
     ]
     return [_variant(arch, *case[:5], **case[5]) for case in cases]
 
 
 def _variant(
     arch, name, dtype, headdim, headdim_v, rows, *, seeded=False, limits=False, softcap=False,
-    page_size=64,
+    page_size=64, precision="ieee",
 ):  # fmt: skip
     blocks, config = _blocks(arch, headdim, headdim_v, dtype, rows)
     pointer = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[dtype]
     constexprs = dict(
         HEADDIM=headdim, HEADDIM_V=headdim_v, **blocks, GROUP=8, PAGE_SIZE=page_size,
-        SEED="state" if seeded else "none", SOFTCAP=softcap, PRECISION="ieee",
+        SEED="state" if seeded else "none", SOFTCAP=softcap, PRECISION=precision,
     )  # fmt: skip
     if not limits:
         constexprs["limits"] = None
@@ -257,5 +258,5 @@ def _variant(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         divisible_by_16=(*pointers, *strides),
-        expects=frozenset({"mma", "pipelined"} if dtype != "float32" else ()),
+        expects=frozenset({"mma", "pipelined"} if "16" in dtype or precision == "tf32" else ()),
     )

@@ -8,12 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from ringkern.kernels import configs
-from ringkern.kernels.target import MAX_PROGRAMS, check, check_tensors, dtype_name
+from ringkern.kernels.softmax import LN2, LOG2E
+from ringkern.kernels.target import MAX_PROGRAMS, MAX_ROWS, check, check_tensors, dtype_name
 from ringkern.kernels.target import arch as arch_of
 from ringkern.kernels.variant import Variant
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 # Parts that one program looks at together. A constant, as it decides the order of the sum.
 MOST_PARTS = 16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -64,10 +63,10 @@ def _merge(
     top = own
     mass = _weight(own, top)
     for p in range(0, parts, BLOCK_P):
-        here = (p + part < parts)[:, None] & inside[None, :]
+        here = (p + part < parts)[:, None] & inside[None, :]  # [BLOCK_P, BLOCK_T], as some
         ahead = tl.cast(p, tl.int64)
         some = tl.load(lses + ahead * lses_part, mask=here, other=float("-inf"))
-        higher = tl.maximum(top, tl.max(some, axis=0))  # some is [BLOCK_P, BLOCK_T]
+        higher = tl.maximum(top, tl.max(some, axis=0))
         mass = mass * _weight(top, higher) + tl.sum(_weight(some, higher[None, :]), axis=0)
         top = higher
     mass = tl.where(mass == 0.0, 1.0, mass)
@@ -79,10 +78,10 @@ def _merge(
         seed = tl.load(out, mask=box & (kept != 0.0)[:, None], other=0.0)  # [BLOCK_T, BLOCK_D]
         acc += seed.to(tl.float32) * kept[:, None]
     for p in range(0, parts, BLOCK_P):
-        here = (p + part < parts)[:, None] & inside[None, :]
+        here = (p + part < parts)[:, None] & inside[None, :]  # [BLOCK_P, BLOCK_T], as some
         ahead = tl.cast(p, tl.int64)
         some = tl.load(lses + ahead * lses_part, mask=here, other=float("-inf"))
-        weight = tl.math.div_rn(_weight(some, top[None, :]), mass[None, :])  # [BLOCK_P, BLOCK_T]
+        weight = tl.math.div_rn(_weight(some, top[None, :]), mass[None, :])
         read = box[None, :, :] & (weight != 0.0)[:, :, None]
         x = tl.load(outs + ahead * outs_part, mask=read, other=0.0)  # [BLOCK_P, BLOCK_T, BLOCK_D]
         acc += tl.sum(x.to(tl.float32) * weight[:, :, None], axis=0)
@@ -138,6 +137,7 @@ def merge_into(outs, lses, out, lse, *, seeded: bool = False) -> None:
     tiles = triton.cdiv(tokens, blocks["BLOCK_T"])
     programs = batch * tiles * nheads
     check(programs <= MAX_PROGRAMS, "outs", f"at most {MAX_PROGRAMS} tiles", programs)
+    check(tokens <= MAX_ROWS, "outs", f"at most {MAX_ROWS} tokens", tokens)
     with torch.cuda.device_of(out):
         _merge[(programs,)](
             outs, lses, out, lse, parts, tokens, nheads, tiles,

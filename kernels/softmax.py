@@ -92,7 +92,7 @@ def finish(
     mass = tl.where(mass == 0.0, 1.0, mass)
     lse = (top + tl.log2(mass)) * LN2
     if SEED == "state":  # to base 2 and back may change the last bit: not of rows that saw nothing
-        before = tl.load(lse_at, mask=inside, other=float("-inf"))
+        before = tl.load(lse_at, mask=inside, other=float("-inf"))  # [BLOCK_M]
         lse = tl.where((top == before * LOG2E) & (mass == 1.0), before, lse)
     out = acc * tl.where(mass == 1.0, 1.0, 1.0 / mass)[:, None]
     there = inside[:, None] & (dv < HEADDIM_V)[None, :]

@@ -69,15 +69,15 @@ def _step(
     acc, top, mass = start(
         out_at, lse_at, sinks + head, seeded, dv, HEADDIM_V, SEED, BLOCK_M, BLOCK_DV
     )
-    q_at = q + batch * q_batch + row * q_row + head * q_head
-    q_tile = load(q_at[:, None] + d[None, :], inside[:, None] & (d < HEADDIM)[None, :], True)
+    q_at = (q + batch * q_batch + row * q_row + head * q_head)[:, None] + d[None, :]
+    q_tile = load(q_at, inside[:, None] & (d < HEADDIM)[None, :], True)  # [BLOCK_M, BLOCK_D]
     if NEGATE:  # scale2 is positive, so that the largest product is the largest score
         q_tile = -q_tile
 
     k_row, v_row = tl.cast(k_row, tl.int64), tl.cast(v_row, tl.int64)
     kt_at = k + batch * k_batch + head_k * k_head + d[:, None] + n[None, :] * k_row
     v_at = v + batch * v_batch + head_k * v_head + n[:, None] * v_row + dv[None, :]
-    # Whole blocks of keys that all rows see.
+    # Whole blocks of keys that all rows see: kt is [BLOCK_D, BLOCK_N], v_tile [BLOCK_N, BLOCK_DV].
     for piece in range(begin, middle):
         k0, k1 = tl.load(pieces + piece * PIECE), tl.load(pieces + piece * PIECE + 1)
         for j in tl.range(k0, k1, BLOCK_N):
@@ -148,13 +148,15 @@ def step(
             _launch(*inputs, written[None], lse[None], 0, seed)
             return
         # The state joins with the parts, or as part 0 where what is written is not the state.
-        first, last = table.rows
+        first, last = table.rows[0], table.rows[-1]
         shape = (table.splits, q.shape[0], last - first, *written.shape[2:])
         parts = out.new_empty(shape, dtype=torch.float32)
-        lses = lse.new_full((*shape[:2], shape[3], shape[2]), float("-inf"))
+        lses = lse.new_empty(*shape[:2], shape[3], shape[2])
         middle = phase == "middle"
         _launch(*inputs, parts, lses, first, "none" if middle else seed)
-        merge_into(parts, lses, written[:, first:last], lse[:, :, first:last], seeded=middle)
+        for a, b in zip(table.rows[::2], table.rows[1::2], strict=True):
+            some = parts[:, :, a - first : b - first], lses[..., a - first : b - first]
+            merge_into(*some, written[:, a:b], lse[:, :, a:b], seeded=middle)
 
 
 def _seed(phase, sinks):
@@ -170,8 +172,8 @@ def _launch(
     grid = len(table.tiles), q.shape[2] // cut.group, q.shape[0]
     _step[grid](
         q, k, v, out, lse, result, result_lse, sinks, table.tiles, table.pieces, table.splits, row0,
-        *scales(abs(softmax_scale), softcap), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        *lse.stride(), *result.stride()[:4], *result_lse.stride(),
+        *scales(abs(softmax_scale), softcap), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *out.stride()[:3], *lse.stride(), *result.stride()[:4], *result_lse.stride(),
         **_constexprs(
             cut, q.shape[2] // k.shape[2], q.shape[3], v.shape[3], seed, table.splits > 1,
             softcap != 0, softmax_scale < 0, "tf32" if allow_tf32 else "ieee",
@@ -191,29 +193,34 @@ def _constexprs(cut, group, headdim, headdim_v, seed, split, softcap, negate, pr
 
 def _check(q, k, v, out, lse, table, softmax_scale, softcap, phase, written, sinks):
     check(phase in PHASES, "phase", f"one of {', '.join(PHASES)}", repr(phase))
-    tensors = dict(q=q, k=k, v=v, lse=lse, table=table.tiles, pieces=table.pieces)
-    check(written is not None, "result" if phase in ("last", "only") else "out", "a tensor", None)
-    tensors["result" if written is not out else "out"] = written
-    if phase == "last":
-        check(out is not None, "out", "a state", None)
-    if out is not None:
-        tensors["out"] = out
-    if sinks is not None:
-        tensors["sinks"] = sinks
+    ends = phase in ("last", "only")
+    check(written is not None, "result" if ends else "out", "a tensor", None)
+    check(phase != "last" or out is not None, "out", "a state", None)
+    check(sinks is None or phase in ("first", "only"), "sinks", "phase first or only", phase)
+    check(math.isfinite(softmax_scale), "softmax_scale", "a finite number", softmax_scale)
+    check(0 <= softcap < math.inf, "softcap", "0 or more", softcap)
+    tensors = dict(q=q, k=k, v=v, out=out, lse=lse, result=written if ends else None, sinks=sinks)
+    tensors |= dict(table=table.tiles, pieces=table.pieces)
+    tensors = {name: x for name, x in tensors.items() if x is not None}
+    float32, int32 = (torch.float32,), (torch.int32,)
+    dtypes = dict(q=DTYPES, k=(q.dtype,), v=(q.dtype,), out=float32, lse=float32, sinks=DTYPES)
+    dtypes |= dict(result=(q.dtype,), table=int32, pieces=int32)
     target.check_tensors(**tensors)
-    target.check_tensors(DTYPES, q=q)
-    target.check_tensors((q.dtype,), k=k, v=v)
-    target.check_tensors((torch.float32,), lse=lse)
-    target.check_tensors((torch.int32,), table=table.tiles, pieces=table.pieces)
+    for name, x in tensors.items():
+        target.check_tensors(dtypes[name], **{name: x})
+    _check_shapes(tensors, table)
+
+
+def _check_shapes(tensors, table):
+    q, k, v = (tensors[name] for name in "qkv")
     for name, x in (("q", q), ("k", k), ("v", v)):
         check(x.dim() == 4, name, "[batch, seqlen, heads, headdim]", tuple(x.shape))
     batch, seqlen_q, nheads, headdim = q.shape
     seqlen_k, nheads_k, headdim_v = k.shape[1], k.shape[2], v.shape[3]
-    widest = max(headdim, headdim_v)
-    check(0 < min(headdim, headdim_v) <= widest <= 256, "headdim", "1 to 256", (headdim, headdim_v))
-    check(
-        batch < 1 << 16 and nheads < 1 << 16, "q", "batch and nheads below 65536", (batch, nheads)
-    )
+    fits = 0 < min(headdim, headdim_v) <= max(headdim, headdim_v) <= 256
+    check(fits, "headdim", "1 to 256", (headdim, headdim_v))
+    fits = batch < 1 << 16 and nheads < 1 << 16
+    check(fits, "q", "batch and nheads below 65536", (batch, nheads))
     longest = max(seqlen_q, seqlen_k)
     check(longest <= target.MAX_ROWS, "seqlen", f"at most {target.MAX_ROWS}", longest)
     check(nheads_k > 0 and nheads % nheads_k == 0, "nheads", f"a multiple of {nheads_k}", nheads)
@@ -222,26 +229,21 @@ def _check(q, k, v, out, lse, table, softmax_scale, softcap, phase, written, sin
         v=(batch, seqlen_k, nheads_k, headdim_v),
         out=(batch, seqlen_q, nheads, headdim_v),
         lse=(batch, nheads, seqlen_q),
+        sinks=(nheads,),
+        table=(len(table.tiles), TILE.value),
+        pieces=(len(table.pieces), PIECE.value),
     )
-    shapes["result"] = shapes["out"]
+    shapes |= dict(q=tuple(q.shape), result=shapes["out"])
     for name, x in tensors.items():
-        want = shapes.get(name, tuple(x.shape))
-        check(tuple(x.shape) == want, name, want, tuple(x.shape))
+        check(tuple(x.shape) == shapes[name], name, shapes[name], tuple(x.shape))
         unit = name == "lse" or x.stride(-1) == 1 or x.shape[-1] == 1 or not x.numel()
         check(unit, name, "a last stride of 1", x.stride(-1))
-    if out is not None:
-        target.check_tensors((torch.float32,), out=out)
-    if written is not out:
-        target.check_tensors((q.dtype,), result=written)
-    if sinks is not None:
-        check(phase in ("first", "only"), "sinks", "phase first or only", phase)
-        check(tuple(sinks.shape) == (nheads,), "sinks", (nheads,), tuple(sinks.shape))
-        target.check_tensors(DTYPES, sinks=sinks)
-    group = nheads // nheads_k
+    for name, x in (("table", table.tiles), ("pieces", table.pieces)):
+        check(x.numel() <= target.MAX_ROWS, name, f"at most {target.MAX_ROWS} numbers", x.numel())
+        check(x.is_contiguous(), name, "contiguous", f"strides {x.stride()}")
+    group, end = nheads // nheads_k, max(table.rows, default=0)
     check(table.cut.group in (1, group), "table", f"1 or {group} heads packed", table.cut.group)
-    check(table.rows[1] <= seqlen_q, "table", f"query rows up to {seqlen_q}", table.rows[1])
-    check(math.isfinite(softmax_scale), "softmax_scale", "a finite number", softmax_scale)
-    check(0 <= softcap < math.inf, "softcap", "0 or more", softcap)
+    check(end <= seqlen_q, "table", f"query rows up to {seqlen_q}", end)
 
 
 def variants(arch: int) -> list[Variant]:
@@ -253,8 +255,8 @@ def variants(arch: int) -> list[Variant]:
             (bf16, 64, "middle"), (bf16, 96, "middle"), (bf16, 128, "first"),
             (bf16, 128, "middle"), (bf16, 128, "last"), (bf16, 128, "only"), (bf16, 192, "middle"),
             (bf16, 256, "first"), (bf16, 256, "middle"), ("float16", 64, "only"),
-            ("float16", 128, "middle"), (bf16, 96, "last"), ("float32", 64, "middle"), ("float32", 128, "middle"),
-            ("float32", 256, "middle"),
+            ("float16", 128, "middle"), (bf16, 96, "last"), ("float32", 64, "middle"),
+            ("float32", 128, "middle"), ("float32", 256, "middle"),
         )
     ]  # fmt: skip
     found += [

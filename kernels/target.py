@@ -1,10 +1,14 @@
-"""Where kernels run, Triton's interpreter or a GPU of some architecture, and refusing what cannot."""
+"""Where kernels run, the interpreter or a GPU of some architecture, and refusing what cannot."""
 
 import functools
 import re
 
 import torch
-import triton
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError("triton: want 3.6 or later, got none: pip install triton") from error
 
 OLDEST_TRITON = (3, 6)
 # Rows of a tensor that kernels take: a row's number and those of a block after it fit int32.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerator import DEVICE, DTYPES, EACH_DTYPE, poisoned_memory
 from close import assert_close, assert_lse_close
+from maximum import drop_nan
 from ringkern.kernels import decode, reference
 from rounding import REORDERED, U, lse_error
 
@@ -220,6 +221,22 @@ def test_any_scale(softmax_scale):
     assert_right(case, out, lse, f"{softmax_scale=}", softmax_scale=softmax_scale)
 
 
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_the_kernel_is_told_of_tf32(num_splits, monkeypatch):
+    """Only when asked; the interpreter has no less than all of float32."""
+    told = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, PRECISION, **options: told.append(PRECISION)
+
+    monkeypatch.setattr(decode, "_decode", Kernel())
+    case = draw_case([70, 20], [1, 2], (4, 2, 16, 16), torch.float32)
+    for options in ({}, dict(allow_tf32=True), dict(allow_tf32=False)):
+        run(case, num_splits=num_splits, **options)
+    assert told == ["ieee", "tf32", "ieee"]
+
+
 def test_any_strides_give_the_same_bits():
     """Whole tensors, and rows, heads and columns of larger ones."""
     case = draw_case([70, 20], [1, 2], (4, 2, 24, 48), torch.float16)
@@ -244,8 +261,9 @@ def test_any_strides_give_the_same_bits():
 
 
 @pytest.mark.parametrize("what", ["q", "k", "v"])
-def test_nan_stays_nan(what):
+def test_nan_stays_nan(what, monkeypatch):
     """In the rows that see it, and in no other."""
+    drop_nan(monkeypatch)
     case = draw_case([70, 20], [2, 1], (2, 2, 16, 16), torch.float32)
     if what == "q":
         case.q[1, 0, 3] = NAN
@@ -283,24 +301,6 @@ def test_sinks_are_a_state(num_splits):
     lse = sinks[:, None].expand(4, 3).to(DEVICE).clone()
     run(case, out=out, lse=lse, num_splits=num_splits, seeded=True)
     assert_right(case, out, lse, "sinks", sinks=sinks)
-
-
-def test_caches_beyond_32_bits():
-    """Offsets over 2^31 elements. Memory that nobody touches is not there."""
-    few = draw_case([9], [1], (2, 1, 16, 16), torch.float16, page_size=4)
-    apart, slots = 2**29 + 8, few.slots[0]
-    flat = torch.empty(4 * apart + 9 * 64, dtype=torch.float16, device=DEVICE)
-    k = flat.as_strided((5, 1, 16), (apart, 16, 1))  # the last token's K is 2^31 from the first
-    order = torch.tensor([[0, 4]], dtype=torch.int32, device=DEVICE)
-    k[[0, 4]] = few.k[slots[:2]]
-    v = torch.full((5, 1, 16), NAN, dtype=torch.float16, device=DEVICE)
-    v[[0, 4]] = few.v[slots[:2]]
-    seqlens = torch.tensor([2], dtype=torch.int32, device=DEVICE)
-    tables = few.tables | dict(block_table=order, seqlens=seqlens, page_size=1)
-    case = few._replace(k=k, v=v, tables=tables)
-    out, lse = run(case)
-    close = few._replace(slots=[slots[:2]])
-    assert_right(close, out, lse, "far apart")
 
 
 def test_nothing_to_attend_is_no_launch():

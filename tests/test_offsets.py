@@ -1,8 +1,9 @@
 """Tensors whose entries lie more than 2^31 elements apart: offsets in 32 bits would wrap.
 
-One tensor at a time gets a large stride along one dimension, with room on both sides of it, so
-that an offset that wraps finds zeros and not the end of the process. Nearly all of that room is
-memory that nobody touches.
+One tensor at a time gets a large stride along one dimension. The stride itself fits 32 bits, and so
+is an int32 for the kernel; what does not fit is its product with a row, head, page or part. There
+is room before the tensor, so that an offset that wraps finds zeros and not the end of the process.
+Nearly all of that room is memory that nobody touches.
 """
 
 import mmap
@@ -14,13 +15,13 @@ from ringkern.kernels import decode, merge, pack, step
 from step_case import cut_of, draw, make_spans, run_of, table_of
 
 REACH = 1 << 31  # elements
-SLACK = 1 << 20
+BEFORE = 2 * REACH + (1 << 20)  # where offsets end that are a sum of two that wrap
 NORESERVE = 0x4000  # Linux; mmap has no name for it in Python 3.10
 
 
 @pytest.fixture(autouse=True)
 def leave_untouched(monkeypatch):
-    """Keep Triton's interpreter from copying each storage back onto itself, untouched memory too."""
+    """Keep Triton's interpreter from copying storages, untouched memory too, onto themselves."""
     copy = torch.UntypedStorage.copy_
 
     def copy_other(self, source, *rest):
@@ -29,9 +30,9 @@ def leave_untouched(monkeypatch):
     monkeypatch.setattr(torch.UntypedStorage, "copy_", copy_other)
 
 
-def room(dtype):
-    """Return zeros, 2 * (REACH + SLACK) of them."""
-    size = 2 * (REACH + SLACK) * dtype.itemsize
+def room(span, dtype):
+    """Return zeros: `span` of them from number BEFORE on."""
+    size = (BEFORE + span) * dtype.itemsize
     try:
         if ON_GPU:
             return torch.zeros(size // dtype.itemsize, dtype=dtype, device=DEVICE)
@@ -41,62 +42,106 @@ def room(dtype):
         pytest.skip(f"no room for {size >> 30} GiB of mostly untouched memory: {error}")
 
 
-def spread(x, dim):
-    """Return a copy of x whose last entry along dim lies REACH elements after the first."""
+def spread(x, dim, wraps=None):
+    """Return a copy of x whose entries along dim lie over REACH from the first, from `wraps` on.
+
+    wraps: None: the last one alone.
+    """
+    wraps = wraps or x.shape[dim] - 1
+    stride = (REACH // wraps // 16 + 2) * 16
+    assert stride < REACH < wraps * stride
     rest = [n for i, n in enumerate(x.shape) if i != dim]
     strides = list(torch.empty(rest, device="meta").stride())
-    strides.insert(dim, -(-REACH // (x.shape[dim] - 1) // 16) * 16 + 16)
-    far = room(x.dtype).as_strided(x.shape, strides, REACH + SLACK // 2)
-    assert far.stride(dim) * (x.shape[dim] - 1) > REACH
-    return far.copy_(x)
+    strides.insert(dim, stride)
+    span = sum((n - 1) * each for n, each in zip(x.shape, strides, strict=True)) + 1
+    return room(span, x.dtype).as_strided(x.shape, strides, BEFORE).copy_(x)
 
 
-def check(call, tensors, written, which, dims):
-    """Compare what is written, bit by bit, with and without large strides."""
+def check(call, tensors, written, which, dims, wraps=None):
+    """Compare what is written, bit by bit, with and without large strides.
+
+    wraps: {dim: as for spread()}.
+    """
     want = {name: x.clone() for name, x in tensors.items()}
     call(**want)
     for dim in dims:
         got = {name: x.clone() for name, x in tensors.items()}
-        got[which] = spread(got[which], dim)
+        got[which] = spread(got[which], dim, (wraps or {}).get(dim))
         call(**got)
         for name in written:
             assert torch.equal(got[name], want[name]), f"{name}, {which} with a large stride {dim}"
 
 
+def spread_parts(monkeypatch, *dims):
+    """Let what a launcher makes for the parts of splits lie far apart: tensors of so many dims."""
+    make = torch.Tensor.new_empty
+
+    def far(*args, **options):
+        x = make(*args, **options)
+        return spread(x, 0) if x.dim() in dims else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", far)
+
+
+def noise(*shape, dtype=torch.float32, seed=0):
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=source).to(DEVICE, dtype)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
-@pytest.mark.parametrize("which", ["q", "k", "v", "out", "lse"])
+@pytest.mark.parametrize("which", ["q", "k", "v", "out", "lse", "result"])
 def test_step(which, packed):
-    q, k, v = draw(9, 50, heads=(4, 2), dims=(16, 16), dtype=torch.float16, batch=2)
-    out, lse = torch.zeros(2, 9, 4, 16, device=DEVICE), torch.zeros(2, 4, 9, device=DEVICE)
-    spans = make_spans(run_of(9, 30), run_of(50), True)  # a full piece and one under a mask
-    cut = cut_of(q, k, packed, block_m=16, block_n=16)
-    table = table_of(spans, cut)
-    tensors = dict(q=q, k=k, v=v, out=out, lse=lse)
+    """Two whole blocks of keys and one under a mask; a block of 16 keys goes beyond by itself."""
+    heads = (6, 3) if packed else (3, 3)
+    q, k, v = draw(8, 50, heads, (16, 16), torch.float16, batch=3)
+    state = dict(out=noise(3, 8, heads[0], 16), lse=noise(3, heads[0], 8))
+    spans = make_spans(run_of(8, 40), run_of(50), True)
+    table = table_of(spans, cut_of(q, k, packed, block_m=16, block_n=16))
+    assert table.tiles.tolist() == [[0, 8, 0, 1, 2]]
+    tensors = dict(q=q, k=k, v=v, **state, result=torch.zeros_like(state["out"], dtype=q.dtype))
+    wraps = {1: 15} if which in "kv" else {}
     check(
-        lambda **given: step.step(**given, table=table, softmax_scale=0.3),
-        *(tensors, ("out", "lse"), which, range(3)),
+        lambda **given: step.step(**given, table=table, softmax_scale=0.3, phase="last"),
+        *(tensors, ("result", "lse"), which, range(3), wraps),
     )
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
+def test_parts_of_a_step(packed, monkeypatch):
+    q, k, v = draw(8, 50, (2, 1), (16, 16))
+    cut = cut_of(q, k, packed, block_m=16, block_n=16)
+    table = table_of(make_spans(run_of(8, 42), run_of(50), True), cut, splits=3)
+    want = noise(1, 8, 2, 16), noise(1, 2, 8)
+    got = [x.clone() for x in want]
+    step.step(q, k, v, *want, table, softmax_scale=0.3)
+    for part in (4, 5):  # the lses, the outs
+        with monkeypatch.context() as patch:
+            spread_parts(patch, part)
+            some = [x.clone() for x in got]
+            step.step(q, k, v, *some, table, softmax_scale=0.3)
+        assert all(map(torch.equal, some, want)), f"parts of {part} dimensions"
+
+
+def paged(dtype):
+    """Return a decode's tensors and its other arguments."""
+    int32 = dict(dtype=torch.int32, device=DEVICE)
+    tensors = dict(
+        q=noise(4, 6, 16, dtype=dtype),
+        k=noise(64, 3, 16, dtype=dtype, seed=1),
+        v=noise(64, 3, 16, dtype=dtype, seed=2),
+        out=noise(4, 6, 16),
+        lse=noise(6, 4),
+        block_table=torch.tensor([[3, 0, 2, 5, 6], [7, 1, 6, 4, 0], [2, 7, 1, 3, 5]], **int32),
+    )
+    numbers = dict(max_seqlen_q=2, page_size=8, softmax_scale=0.3, seeded=True)
+    numbers["seqlens"] = torch.tensor([40, 25, 17], **int32)
+    numbers["cu_seqlens_q"] = torch.tensor([0, 1, 3, 4], **int32)
+    return tensors, numbers
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v", "out", "lse", "block_table"])
 def test_decode(which):
-    source = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(n, heads, 16, generator=source).to(DEVICE, torch.float16)
-        for n, heads in ((3, 4), (64, 2), (64, 2))
-    )
-    int32 = dict(dtype=torch.int32, device=DEVICE)
-    tensors = dict(
-        q=q,
-        k=k,
-        v=v,
-        out=torch.zeros(3, 4, 16, device=DEVICE),
-        lse=torch.zeros(4, 3, device=DEVICE),
-        block_table=torch.tensor([[3, 0, 2, 5], [7, 1, 6, 4]], **int32),
-    )
-    numbers = dict(max_seqlen_q=2, page_size=8, softmax_scale=0.3, seeded=True)
-    numbers["seqlens"] = torch.tensor([30, 25], **int32)
-    numbers["cu_seqlens_q"] = torch.tensor([0, 1, 3], **int32)
+    tensors, numbers = paged(torch.float16)
     dims = range(1 if which == "block_table" else 2)
     check(
         lambda **given: decode.decode(**given, **numbers),
@@ -104,14 +149,24 @@ def test_decode(which):
     )
 
 
+@pytest.mark.parametrize("dims", [3, 4], ids=["lses", "outs"])
+def test_parts_of_a_decode(dims, monkeypatch):
+    tensors, numbers = paged(torch.float32)  # of blocks of 16 keys: all three parts have some
+    got = {name: x.clone() for name, x in tensors.items()}
+    decode.decode(**tensors, **numbers, num_splits=3)
+    spread_parts(monkeypatch, dims)
+    decode.decode(**got, **numbers, num_splits=3)
+    assert torch.equal(got["out"], tensors["out"]) and torch.equal(got["lse"], tensors["lse"])
+
+
 def test_decode_from_slots_past_2_31():
     """Slots one element apart, so that 2^31 of them fit: what counts is the slot's number."""
     first = REACH + 64  # of the slots that hold the sequence
-    data = torch.randn(96, generator=torch.Generator().manual_seed(0))
-    far = room(torch.float16)
-    far[REACH + first : REACH + first + 96] = data
-    far = far.as_strided((first + 80, 1, 16), (1, 16, 1), REACH)
-    near = data.to(DEVICE, torch.float16).as_strided((80, 1, 16), (1, 16, 1))
+    data = noise(96, dtype=torch.float16)
+    far = room(first + 96, torch.float16)[BEFORE:]
+    far[first : first + 96] = data
+    far = far.as_strided((first + 80, 1, 16), (1, 16, 1))
+    near = data.as_strided((80, 1, 16), (1, 16, 1))
     int32 = dict(dtype=torch.int32, device=DEVICE)
     results = []
     for cache, page in ((near, 0), (far, first // 16)):
@@ -132,9 +187,8 @@ def test_decode_from_slots_past_2_31():
 
 @pytest.mark.parametrize("which", ["outs", "lses", "out", "lse"])
 def test_merge(which):
-    source = torch.Generator().manual_seed(0)
-    shapes = dict(outs=(3, 2, 20, 2, 16), lses=(3, 2, 2, 20), out=(2, 20, 2, 16), lse=(2, 2, 20))
-    tensors = {name: torch.randn(s, generator=source).to(DEVICE) for name, s in shapes.items()}
+    shapes = dict(outs=(3, 3, 8, 3, 16), lses=(3, 3, 3, 8), out=(3, 8, 3, 16), lse=(3, 3, 8))
+    tensors = {name: noise(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     dims = range(len(shapes[which]) - (which in ("outs", "out")))
     check(
         lambda **given: merge.merge_into(**given, seeded=True),
@@ -142,11 +196,22 @@ def test_merge(which):
     )
 
 
+@pytest.mark.parametrize("which", ["outs", "lses"])
+def test_merge_of_more_parts_than_it_looks_at_together(which):
+    parts = merge.MOST_PARTS + 1
+    tensors = dict(outs=noise(parts, 1, 3, 1, 16), lses=noise(parts, 1, 1, 3, seed=1))
+    tensors |= dict(out=noise(1, 3, 1, 16), lse=noise(1, 1, 3))
+    check(
+        lambda **given: merge.merge_into(**given),
+        *(tensors, ("out", "lse"), which, [0], {0: merge.MOST_PARTS}),
+    )
+
+
 @pytest.mark.parametrize("which", ["cache", "packed"])
 def test_pack(which):
-    source = torch.Generator().manual_seed(0)
-    cache = torch.randn(40, 2, 16, generator=source).to(DEVICE, torch.float16)
-    slots = torch.randperm(40, generator=source)[:30].to(DEVICE)
+    """Of float32, so that offsets in words are those in elements."""
+    cache = noise(40, 2, 16)
+    slots = torch.arange(39, 9, -1, device=DEVICE)
     tensors = dict(cache=cache, packed=torch.zeros_like(cache[:30]))
     check(
         lambda cache, packed: pack.gather(cache, slots, packed),

@@ -57,25 +57,29 @@ def test_a_step_adds_to_its_rows_and_nothing_else(packed, splits):
     assert all(map(torch.equal, around, before))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("phase", ["first", "last", "only"])
-def test_each_phase_writes_its_rows_and_nothing_else(phase, packed):
+@pytest.mark.parametrize("packed, splits", [(False, 1), (True, 1), (False, 2)])
+@pytest.mark.parametrize("phase", step.PHASES)
+def test_each_phase_writes_its_rows_and_nothing_else(phase, packed, splits):
+    """Over a state that saw nothing; whose out, garbage, stays where no tile is."""
     rows = (20, 30), (40, 45)
     q, k, v = draw(80, 60, (2, 1), (16, 24), torch.float16)
     spans = make_spans(np.concatenate([run_of(b - a, a, offset=a) for a, b in rows]), run_of(60))
     _, (out, lse) = guarded(q, 24)
     _, (result, _) = guarded(q, 24, torch.float16)
-    for x in (out, lse, result):
-        x.fill_(7.0)  # a state, too
+    out.fill_(7.0)
+    lse.fill_(-INF)
+    result.fill_(7.0)
     views = dict(out=inside((out, lse))[0], lse=inside((out, lse))[1])
     state = dict(views, out=None) if phase == "only" else views
-    add(q, k, v, **state, spans=spans, packed=packed, phase=phase, result=inside((result, lse))[0])
+    assert table_of(spans, cut_of(q, k, packed), splits=splits).rows == (20, 30, 40, 45)
+    add(q, k, v, **state, spans=spans, packed=packed, splits=splits, phase=phase,
+        result=inside((result, lse))[0])  # fmt: skip
     want_out, want_lse = (torch.zeros_like(x, dtype=torch.bool) for x in (out, lse))
     written = inside((want_out, want_lse))
     written[0][:, some_rows(rows)], written[1][:, :, some_rows(rows)] = True, True
-    assert torch.equal(lse != 7.0, want_lse)
-    assert torch.equal((out if phase == "first" else result) != 7.0, want_out)
-    assert ((result if phase == "first" else out) == 7.0).all()
+    assert torch.equal(lse != -INF, want_lse)
+    written, other = (out, result) if phase in ("first", "middle") else (result, out)
+    assert torch.equal(written != 7.0, want_out) and (other == 7.0).all()
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -183,3 +187,10 @@ def test_what_does_not_fit_is_refused():
     refuse("table: want query rows up to 8, got 9", dict(table=far))
     packed = table_of(make_spans(run_of(8), run_of(9)), Cut(16, 16, 4, 4, 2))
     refuse("table: want 1 or 2 heads packed, got 4", dict(table=packed))
+    tiles = far.tiles[:, :1].expand(-1, 5).clone()
+    for match, changed in {
+        "table: want \\(1, 5\\), got \\(1, 4\\)": tiles[:, :4],
+        "table: want at most": tiles.expand(1 << 29, 5),
+        "table: want contiguous, got strides": torch.cat([tiles, tiles], 1).repeat(2, 1)[:, :5],
+    }.items():
+        refuse(match, dict(table=far._replace(tiles=changed, rows=(0, 8))))

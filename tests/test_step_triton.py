@@ -247,6 +247,22 @@ def test_tf32_only_when_asked():
     assert torch.equal(out, want) != accelerator.ON_GPU
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+def test_the_kernel_is_told_of_tf32(splits, monkeypatch):
+    told = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, PRECISION, **options: told.append(PRECISION)
+
+    monkeypatch.setattr(step, "_step", Kernel())
+    q, k, v = draw(20, 60)
+    spans = make_spans(run_of(20, 40), run_of(60), True)
+    for options in ({}, dict(allow_tf32=True), dict(allow_tf32=False)):
+        attend(q, k, v, spans, splits=splits, **options)
+    assert told == ["ieee", "tf32", "ieee"]
+
+
 @pytest.mark.skipif(not accelerator.ON_GPU, reason="takes 9 GB of GPU memory")
 def test_more_than_2_to_the_31_elements():
     heads, seqlen = 16, (1 << 31) // (16 * 128) + 512
