@@ -69,7 +69,7 @@ def test_many_steps_that_cost_time_lose_to_few():
 def test_a_gather_must_be_worth_the_memory_that_it_holds(monkeypatch, new, method):
     """At 1 % faster it is chosen only where what it holds is little."""
     times = dict(pass_kv=100.0, pass_q=200.0, gather_kv=99.0, gather_q=300.0)
-    monkeypatch.setattr(cost, "predict_us", lambda *_: times)
+    monkeypatch.setattr(cost, "predict_us", lambda *_, **options: times)
     assert cost.choose(plan_of(4, 0, new), PAPER, GTT).method == method
 
 
