@@ -1,7 +1,5 @@
 #include "nccl.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <string>
 #include <utility>
@@ -9,6 +7,7 @@
 
 #include "error.h"
 #include "nccl_core.h"
+#include "owner.h"
 
 namespace ringkern {
 namespace {
@@ -20,11 +19,10 @@ constexpr int kMostCtas = 64;
 class Nccl : public DeviceTransport {
  public:
   Nccl(std::shared_ptr<NcclCore> core, int rank, int world_size)
-      : core_(std::move(core)), pid_(::getpid()), rank_(rank), world_size_(world_size) {}
+      : owner_{rank, world_size}, core_(std::move(core)) {}
 
   ~Nccl() override {
-    // In a forked child there is no watching thread, and CUDA does not work: leave all as it is.
-    if (::getpid() == pid_) {
+    if (owner_.is_this_process()) {
       core_->close();
     } else {
       static_cast<void>(new std::shared_ptr<NcclCore>(std::move(core_)));
@@ -33,91 +31,31 @@ class Nccl : public DeviceTransport {
 
   Ticket exchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs,
                   Stream stream) override {
-    check_process();
-    for (const Send& send : sends) check_entry("send", send.peer, send.data, send.nbytes);
-    for (const Recv& recv : recvs) check_entry("recv", recv.peer, recv.data, recv.nbytes);
-    check_own(sends, recvs);
+    owner_.check_process();
+    owner_.check_entries(sends, recvs);
     return core_->exchange(sends, recvs, stream);
   }
-
   bool poll(Ticket ticket, std::chrono::milliseconds slice) override {
-    check_process();
     static_cast<void>(ticket);  // whichever: wait() does not wait for the GPU
-    return core_->poll(slice);
+    return core().poll(slice);
   }
-
-  Times wait(Ticket ticket, Stream stream) override {
-    check_process();
-    return core_->wait(ticket, stream);
-  }
-
-  void abort(const std::string& reason) override {
-    check_process();
-    core_->abort(reason);
-  }
-
-  void close() override {
-    check_process();
-    core_->close();
-  }
-
-  Stats stats() const override {
-    check_process();
-    return core_->stats();
-  }
-
-  Ticket settled() override {
-    check_process();
-    return core_->settled();
-  }
-
-  Ticket begin_run(Stream stream) override {
-    check_process();
-    return core_->begin_run(stream);
-  }
-
-  void end_run(Ticket ticket, Stream stream) override {
-    check_process();
-    core_->end_run(ticket, stream);
-  }
-
-  Transport& host() override {
-    check_process();
-    return core_->control();
-  }
+  Times wait(Ticket ticket, Stream stream) override { return core().wait(ticket, stream); }
+  void abort(const std::string& reason) override { core().abort(reason); }
+  void close() override { core().close(); }
+  Stats stats() const override { return core().stats(); }
+  Ticket settled() override { return core().settled(); }
+  Ticket begin_run(Stream stream) override { return core().begin_run(stream); }
+  void end_run(Ticket ticket, Stream stream) override { core().end_run(ticket, stream); }
+  Transport& host() override { return core().control(); }
 
  private:
-  void check_process() const {
-    if (::getpid() == pid_) return;
-    throw TransportError(rank_, concat("rank ", rank_, " of ", world_size_,
-                                       ": this ring was made before fork(), in another process. "
-                                       "Make the ring in the process that uses it"));
+  NcclCore& core() const {
+    owner_.check_process();
+    return *core_;
   }
 
-  void check_entry(const char* what, int peer, const void* data, std::size_t nbytes) const {
-    check(peer >= 0 && peer < world_size_, what, concat("a peer from 0 to ", world_size_ - 1),
-          peer);
-    check(data != nullptr || nbytes == 0, what, "a pointer", concat("null for ", nbytes, " bytes"));
-  }
-
-  // NCCL would wait for the other half for ever.
-  void check_own(const std::vector<Send>& sends, const std::vector<Recv>& recvs) const {
-    const auto sizes = [this](const auto& entries) {
-      std::string text;
-      for (const auto& entry : entries) {
-        if (entry.peer == rank_) text += concat(text.empty() ? "" : ", ", entry.nbytes);
-      }
-      return text.empty() ? std::string("none") : text;
-    };
-    const std::string out = sizes(sends), in = sizes(recvs);
-    check(out == in, "messages to this rank itself",
-          concat("receives of the bytes that are sent, ", out), in);
-  }
-
+  const Owner owner_;
   std::shared_ptr<NcclCore> core_;
-  const pid_t pid_;
-  const int rank_;
-  const int world_size_;
 };
 
 NcclConfig make_config(const NcclLibrary& nccl, const NcclOptions& options) {

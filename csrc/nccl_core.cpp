@@ -20,19 +20,6 @@ constexpr std::chrono::milliseconds kIdle{100};
 // The ring ends while a caller is in the middle of a call.
 struct Interrupted {};
 
-// CUDA's errors that say that a stream is wrong; others say that the context is.
-bool is_about_stream(const CudaError& error) {
-  constexpr int kInvalidContext = 201, kInvalidHandle = 400;
-  constexpr int kFirstOfCapture = 900, kLastOfCapture = 908;
-  return error.code == kInvalidContext || error.code == kInvalidHandle ||
-         (error.code >= kFirstOfCapture && error.code <= kLastOfCapture);
-}
-
-[[noreturn]] void raise_stream(const Device& device, Stream stream, const CudaError& error) {
-  throw ArgumentError(concat("stream: want a stream of GPU ", device.ordinal(), ", got ", stream,
-                             ": ", error.what(), "."));
-}
-
 bool is_remote(const std::exception& error) {
   const auto* nccl = dynamic_cast<const NcclError*>(&error);
   return nccl != nullptr &&
@@ -174,7 +161,7 @@ Ticket NcclCore::post(const std::vector<Send>& sends, const std::vector<Recv>& r
     flight.ready->record(stream);
     flight.ready->hold(stream_->handle());
   } catch (const CudaError& error) {
-    if (is_about_stream(error)) raise_stream(device_, stream, error);
+    if (error.is_about_stream()) device_.raise_for_stream(stream, error);
     throw;
   }
   describe(flight, sends, recvs);
@@ -204,7 +191,7 @@ Ticket NcclCore::begin_run(Stream stream) {
     }
   } catch (const Interrupted&) {
   } catch (const CudaError& error) {
-    if (is_about_stream(error)) raise_stream(device_, stream, error);
+    if (error.is_about_stream()) device_.raise_for_stream(stream, error);
     trouble(error);
   }
   raise();
@@ -293,7 +280,7 @@ Times NcclCore::wait(Ticket ticket, Stream stream) {
       if (const auto times = flights_.wait(ticket, stream)) return *times;
     }
   } catch (const CudaError& error) {
-    if (is_about_stream(error)) raise_stream(device_, stream, error);
+    if (error.is_about_stream()) device_.raise_for_stream(stream, error);
     trouble(error);
   }
   raise();

@@ -1,4 +1,4 @@
-// Whose ring for a GPU's memory it is, and what its callers may pass.
+// Whose ring it is, and what callers may pass to one for a GPU's memory.
 
 #pragma once
 

@@ -1,11 +1,10 @@
 #include "tcp.h"
 
-#include <unistd.h>
-
 #include <utility>
 
 #include "core.h"
 #include "error.h"
+#include "owner.h"
 
 namespace ringkern {
 namespace {
@@ -19,12 +18,12 @@ constexpr std::size_t kMostRanks = 65536;
 class Tcp : public Transport {
  public:
   Tcp(std::unique_ptr<Core> core, int rank, int world_size)
-      : core_(std::move(core)), pid_(::getpid()), rank_(rank), world_size_(world_size) {}
+      : owner_{rank, world_size}, core_(std::move(core)) {}
 
   ~Tcp() override {
     // In a forked child the loop's thread does not exist and its mutex may be locked for good. The
     // sockets and the epoll set are the parent's too: leave everything as it is.
-    if (::getpid() != pid_) static_cast<void>(core_.release());
+    if (!owner_.is_this_process()) static_cast<void>(core_.release());
   }
 
   void connect(const std::function<void()>& on_idle) {
@@ -37,57 +36,36 @@ class Tcp : public Transport {
 
   Ticket exchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs,
                   Stream /* host memory has none */) override {
-    check_process();
+    owner_.check_process();
     for (const Send& send : sends) check_entry("send", send.peer, send.data, send.nbytes);
     for (const Recv& recv : recvs) check_entry("recv", recv.peer, recv.data, recv.nbytes);
     return core_->exchange(sends, recvs);
   }
 
   bool poll(Ticket ticket, std::chrono::milliseconds slice) override {
-    check_process();
-    return core_->poll(ticket, slice);
+    return core().poll(ticket, slice);
   }
-
-  Times wait(Ticket ticket, Stream) override {
-    check_process();
-    return core_->wait(ticket);
-  }
-
-  void abort(const std::string& reason) override {
-    check_process();
-    core_->abort(reason);
-  }
-
-  void close() override {
-    check_process();
-    core_->close();
-  }
-
-  Stats stats() const override {
-    check_process();
-    return core_->stats();
-  }
+  Times wait(Ticket ticket, Stream) override { return core().wait(ticket); }
+  void abort(const std::string& reason) override { core().abort(reason); }
+  void close() override { core().close(); }
+  Stats stats() const override { return core().stats(); }
 
  private:
-  void check_process() const {
-    if (::getpid() == pid_) return;
-    throw TransportError(rank_, concat("rank ", rank_, " of ", world_size_,
-                                       ": this ring was made before fork(), in another process. "
-                                       "Make the ring in the process that uses it"));
+  Core& core() const {
+    owner_.check_process();
+    return *core_;
   }
 
   void check_entry(const char* what, int peer, const void* data, std::size_t nbytes) const {
-    if (peer < 0 || peer >= world_size_ || peer == rank_) {
-      throw ArgumentError(concat(what, ": want a peer from 0 to ", world_size_ - 1,
-                                 " other than this rank, ", rank_, ", got ", peer, "."));
+    if (peer < 0 || peer >= owner_.world_size || peer == owner_.rank) {
+      throw ArgumentError(concat(what, ": want a peer from 0 to ", owner_.world_size - 1,
+                                 " other than this rank, ", owner_.rank, ", got ", peer, "."));
     }
     check(data != nullptr || nbytes == 0, what, "a pointer", concat("null for ", nbytes, " bytes"));
   }
 
+  const Owner owner_;
   std::unique_ptr<Core> core_;
-  const pid_t pid_;
-  const int rank_;
-  const int world_size_;
 };
 
 }  // namespace
