@@ -65,7 +65,7 @@ def test_many_steps_that_cost_time_lose_to_few():
     assert cost.choose(plan, PAPER, busy).method in ("gather_q", "gather_kv")
 
 
-@pytest.mark.parametrize("new, method", [(4096, "gather_kv"), (131072, "pass_kv")])
+@pytest.mark.parametrize("new, method", [(1024, "gather_kv"), (131072, "pass_kv")])
 def test_a_gather_must_be_worth_the_memory_that_it_holds(monkeypatch, new, method):
     """At 1 % faster it is chosen only where what it holds is little."""
     times = dict(pass_kv=100.0, pass_q=200.0, gather_kv=99.0, gather_q=300.0)

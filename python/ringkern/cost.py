@@ -157,7 +157,7 @@ def predict_us(
 
 # A gather holds K and V, or queries and their parts, of all ranks at once: beyond so many bytes it
 # must be worth it, by so much. The ring methods need two buffers however many ranks there are.
-GATHER_BYTES = 16 << 20
+GATHER_BYTES = 1 << 20
 GATHER_GAIN = 0.02
 
 
