@@ -20,8 +20,8 @@ class State:
     q: torch.Tensor  # [batch * queries, nheads, headdim]
     k: torch.Tensor  # [num_slots, nheads_k, headdim]
     v: torch.Tensor
-    block_table: torch.Tensor  # [batch, pages], int32
-    seqlens: torch.Tensor  # [batch], int32
+    page_table: torch.Tensor  # [batch, pages], int32
+    seqused_k: torch.Tensor  # [batch], int32
     cu_seqlens_q: torch.Tensor  # [batch + 1], int32
     queries: int  # of each sequence
     cached: int
@@ -40,7 +40,7 @@ class State:
     def unpaged(self, sequences):
         """Return k and v of some sequences, [sequences, cached, nheads_k, headdim]."""
         inside = torch.arange(self.page_size, device=self.k.device)
-        slots = self.block_table[sequences].long()[:, :, None] * self.page_size + inside
+        slots = self.page_table[sequences].long()[:, :, None] * self.page_size + inside
         slots = slots.flatten(1)[:, : self.cached]
         return self.k[slots], self.v[slots]
 
@@ -59,9 +59,9 @@ def make_inputs(session, case) -> State:
     k, v = (draw(batch * pages * page_size, shape["nheads_k"], shape["headdim"]) for _ in range(2))
     order = torch.randperm(batch * pages, generator=source, device=on, dtype=torch.int32)
     cu_seqlens_q = torch.arange(batch + 1, device=on, dtype=torch.int32) * shape["queries"]
-    seqlens = torch.full((batch,), cached, device=on, dtype=torch.int32)
+    seqused_k = torch.full((batch,), cached, device=on, dtype=torch.int32)
     sizes = shape["queries"], cached, page_size
-    state = State(q, k, v, order.view(batch, pages), seqlens, cu_seqlens_q, *sizes)
+    state = State(q, k, v, order.view(batch, pages), seqused_k, cu_seqlens_q, *sizes)
     state.sequences = spread(batch, SEQUENCES, on)
     rows = q.unflatten(0, (batch, -1))[state.sequences]
     state.sample = Attention(rows, *state.unpaged(state.sequences))
@@ -81,9 +81,9 @@ def prepare(state: State, impl: str) -> None:
 def _decode(state: State):
     from ringkern.kernels.decode import choose_splits, decode
 
-    batch, nheads_k = len(state.seqlens), state.k.shape[1]
+    batch, nheads_k = len(state.seqused_k), state.k.shape[1]
     splits = choose_splits(batch, nheads_k, state.cached, gpu.multiprocessors())
-    tables = state.block_table, state.seqlens, state.cu_seqlens_q
+    tables = state.page_table, state.seqused_k, state.cu_seqlens_q
     options = dict(max_seqlen_q=state.queries, page_size=state.page_size, num_splits=splits)
     options["softmax_scale"] = state.scale
     decode(state.q, state.k, state.v, state.out, state.lse, *tables, **options)
@@ -96,7 +96,7 @@ def call(state: State, impl: str, index: int) -> None:
 
 def check(state: State, impl: str) -> dict:
     """Compare some rows with float64, and see that every element was written."""
-    sample, batch = state.sample, len(state.seqlens)
+    sample, batch = state.sample, len(state.seqused_k)
     got = state.got.unflatten(0, (batch, -1))[state.sequences]
     found = Rows(sample.out, sample.baseline).compare(sample.rows(got))
     found["ok"] &= bool(torch.isfinite(state.got).all())

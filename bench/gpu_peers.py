@@ -72,14 +72,14 @@ def _first(found):
 def _decode_torch(backend, state):
     """Without pages, which torch does not take: k and v lie packed."""
     k, v = state.unpaged(slice(None))
-    q = state.q.unflatten(0, (len(state.seqlens), -1))
+    q = state.q.unflatten(0, (len(state.seqused_k), -1))
     call = _sdpa(backend, q, k, v, state.scale)
     return lambda: call().flatten(0, 1)
 
 
 def _paged(state):
     """Return q [batch, queries, nheads, headdim] and the pages [pages, page_size, ...] of k, v."""
-    q = state.q.unflatten(0, (len(state.seqlens), -1))
+    q = state.q.unflatten(0, (len(state.seqused_k), -1))
     return q, *(x.unflatten(0, (-1, state.page_size)) for x in (state.k, state.v))
 
 
@@ -87,7 +87,7 @@ def _decode_flash_attn(state):
     from flash_attn import flash_attn_with_kvcache
 
     q, k, v = _paged(state)
-    options = dict(cache_seqlens=state.seqlens, block_table=state.block_table)
+    options = dict(cache_seqlens=state.seqused_k, block_table=state.page_table)
     options["softmax_scale"] = state.scale
     return lambda: flash_attn_with_kvcache(q, k, v, **options).flatten(0, 1)
 
@@ -96,8 +96,8 @@ def _decode_flash_attn_4(state):
     from flash_attn.cute import flash_attn_varlen_func
 
     _, k, v = _paged(state)
-    options = dict(cu_seqlens_q=state.cu_seqlens_q, seqused_k=state.seqlens)
-    options |= dict(page_table=state.block_table, softmax_scale=state.scale)
+    options = dict(cu_seqlens_q=state.cu_seqlens_q, seqused_k=state.seqused_k)
+    options |= dict(page_table=state.page_table, softmax_scale=state.scale)
     return lambda: _first(flash_attn_varlen_func(state.q, k, v, **options))
 
 
@@ -107,14 +107,14 @@ def _decode_flashinfer(state):
     _, k, v = _paged(state)
     if state.queries != 1:
         raise ValueError(f"its decode takes one query of a sequence, here are {state.queries}")
-    batch, pages = state.block_table.shape
+    batch, pages = state.page_table.shape
     workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=k.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
     indptr = torch.arange(batch + 1, dtype=torch.int32, device=k.device) * pages
-    last = torch.full_like(state.seqlens, state.cached - (pages - 1) * state.page_size)
+    last = torch.full_like(state.seqused_k, state.cached - (pages - 1) * state.page_size)
     heads = state.q.shape[1], k.shape[2], k.shape[3], state.page_size
     types = dict(q_data_type=k.dtype, kv_data_type=k.dtype, sm_scale=state.scale)
-    wrapper.plan(indptr, state.block_table.flatten(), last, *heads, **types)
+    wrapper.plan(indptr, state.page_table.flatten(), last, *heads, **types)
     return lambda: wrapper.run(state.q, (k, v))
 
 

@@ -31,8 +31,8 @@ def _decode(
     v,  # [num_slots, nheads_k, headdim_v]
     out,  # [splits, total_q, nheads, headdim_v]; out and lse hold a state if SEED is "state"
     lse,  # [splits, nheads, total_q]
-    block_table,  # [sequences, max_pages]
-    seqlens, cu_seqlens_q, limits, scale2, cap2, tiles, nheads_k,
+    page_table,  # [sequences, max_pages]
+    seqused_k, cu_seqlens_q, limits, scale2, cap2, tiles, nheads_k,
     q_row, q_head, k_slot, k_head, v_slot, v_head, table_row,
     out_part, out_row, out_head, lse_part, lse_head, lse_row,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -48,7 +48,7 @@ def _decode(
     if q0 + tile * BLOCK_M // GROUP >= q1:
         return
     # This split's keys [begin, end): whole blocks, the same number in all splits but the last.
-    seqlen = tl.load(seqlens + seq)
+    seqlen = tl.load(seqused_k + seq)
     blocks = tl.cdiv(tl.cdiv(seqlen, BLOCK_N), tl.num_programs(1))
     begin = split * blocks * BLOCK_N
     end = tl.minimum(begin + blocks * BLOCK_N, seqlen)
@@ -68,7 +68,7 @@ def _decode(
 
     if limits is not None:
         limit = tl.load(limits + token, mask=inside, other=0)  # [BLOCK_M]
-    table = block_table + seq.to(tl.int64) * table_row
+    table = page_table + seq.to(tl.int64) * table_row
     kt_at = k + head_k * k_head + d[:, None]
     v_at = v + head_k * v_head + dv[None, :]
     for j in tl.range(begin, end, BLOCK_N):
@@ -90,13 +90,13 @@ def _decode(
 
 
 def decode(
-    q, k, v, out, lse, block_table, seqlens, cu_seqlens_q, *,
+    q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, *,
     max_seqlen_q, page_size, softmax_scale, softcap=0.0, limits=None, num_splits=1, seeded=False,
     allow_tf32=False,
 ) -> None:  # fmt: skip
     """Attend to paged K and V and write (out, lse), or add to what they hold.
 
-    A query sees all seqlens[i] keys of its sequence, or the first limits[row] of them: keys lie
+    A query sees all seqused_k[i] keys of its sequence, or the first limits[row] of them: keys lie
     in order of position, so that is how causality and right windows come down to a number.
 
     Args:
@@ -106,9 +106,9 @@ def decode(
             slot page * page_size + offset.
         out: [total_q, nheads, headdim_v] float32; any of q's dtypes unless seeded.
         lse: [nheads, total_q] float32, natural log.
-        block_table: [sequences, max_pages] int32, the pages of a sequence in order; entries past
+        page_table: [sequences, max_pages] int32, the pages of a sequence in order; entries past
             its seqlen are not read.
-        seqlens: [sequences] int32, tokens in the pages; with 0 the sequence's queries get
+        seqused_k: [sequences] int32, tokens in the pages; with 0 the sequence's queries get
             (0, -inf), or keep their state.
         cu_seqlens_q: [sequences + 1] int32, from 0 to total_q.
         max_seqlen_q: an upper bound of queries per sequence; 1 to 16 is what this is made for.
@@ -121,7 +121,7 @@ def decode(
     Raises:
         ValueError: shapes, dtypes, strides, devices or numbers do not fit.
     """
-    _check(q, k, v, out, lse, block_table, seqlens, cu_seqlens_q, limits, seeded)
+    _check(q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, limits, seeded)
     _check_numbers(max_seqlen_q, page_size, num_splits, softmax_scale, softcap)
     if not lse.numel():
         return
@@ -131,19 +131,19 @@ def decode(
         parts = q.new_empty(num_splits, total_q, nheads, headdim_v, dtype=torch.float32)
         lses = q.new_empty(num_splits, nheads, total_q, dtype=torch.float32)
     group = nheads // nheads_k
-    rows, keys = group * max_seqlen_q, block_table.shape[1] * page_size
+    rows, keys = group * max_seqlen_q, page_table.shape[1] * page_size
     blocks, config = _blocks(arch_of(q.device), headdim, headdim_v, dtype_name(q), rows)
     tiles = triton.cdiv(rows, blocks["BLOCK_M"])
-    grid = len(seqlens) * tiles * nheads_k, num_splits
+    grid = len(seqused_k) * tiles * nheads_k, num_splits
     check(rows <= MAX_ROWS, "max_seqlen_q", f"at most {MAX_ROWS // group}", max_seqlen_q)
     most = MAX_ROWS - num_splits * config.block_n
-    check(keys <= most, "block_table", f"pages of at most {most} tokens", keys)
+    check(keys <= most, "page_table", f"pages of at most {most} tokens", keys)
     check(grid[0] <= MAX_PROGRAMS, "q", f"at most {MAX_PROGRAMS} tiles times heads", grid[0])
     with torch.cuda.device_of(q):
         _decode[grid](
-            q, k, v, parts, lses, block_table, seqlens, cu_seqlens_q, limits,
+            q, k, v, parts, lses, page_table, seqused_k, cu_seqlens_q, limits,
             *scales(softmax_scale, softcap), tiles, nheads_k,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], block_table.stride(0),
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], page_table.stride(0),
             *parts.stride()[:3], *lses.stride(),
             HEADDIM=headdim, HEADDIM_V=headdim_v, **blocks, GROUP=group, PAGE_SIZE=page_size,
             SEED="state" if seeded and num_splits == 1 else "none", SOFTCAP=softcap > 0,
@@ -160,11 +160,11 @@ def choose_splits(sequences: int, nheads_k: int, max_seqlen: int, num_sms: int) 
     return max(1, min(enough, max_seqlen // KEYS_PER_SPLIT))
 
 
-def _check(q, k, v, out, lse, block_table, seqlens, cu_seqlens_q, limits, seeded):
+def _check(q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, limits, seeded):
     for name, x in (("q", q), ("k", k), ("v", v)):
         check(x.dim() == 3, name, "3 dimensions, tokens, heads and headdim", tuple(x.shape))
         check(1 <= x.shape[-1] <= 256, name, "a headdim of 1 to 256", x.shape[-1])
-    check(block_table.dim() == 2, "block_table", "[sequences, pages]", tuple(block_table.shape))
+    check(page_table.dim() == 2, "page_table", "[sequences, pages]", tuple(page_table.shape))
     (total_q, nheads, headdim), (slots, nheads_k, headdim_v) = q.shape, v.shape
     fits = nheads_k > 0 and nheads % nheads_k == 0
     check(fits, "nheads", f"a multiple of {nheads_k}", nheads)
@@ -172,11 +172,11 @@ def _check(q, k, v, out, lse, block_table, seqlens, cu_seqlens_q, limits, seeded
         ("k", k, (slots, nheads_k, headdim)),
         ("out", out, (total_q, nheads, headdim_v)),
         ("lse", lse, (nheads, total_q)),
-        ("seqlens", seqlens, (len(block_table),)),
-        ("cu_seqlens_q", cu_seqlens_q, (len(block_table) + 1,)),
+        ("seqused_k", seqused_k, (len(page_table),)),
+        ("cu_seqlens_q", cu_seqlens_q, (len(page_table) + 1,)),
     ):
         check(x.shape == want, name, want, tuple(x.shape))
-    tables = dict(block_table=block_table, seqlens=seqlens, cu_seqlens_q=cu_seqlens_q)
+    tables = dict(page_table=page_table, seqused_k=seqused_k, cu_seqlens_q=cu_seqlens_q)
     if limits is not None:
         check(limits.shape == (total_q,), "limits", (total_q,), tuple(limits.shape))
         tables["limits"] = limits
@@ -245,7 +245,7 @@ def _variant(
         constexprs["limits"] = None
     signature = dict.fromkeys(_decode.arg_names, "i32")
     signature |= dict.fromkeys(("q", "k", "v"), pointer) | dict.fromkeys(("out", "lse"), "*fp32")
-    tables = ("block_table", "seqlens", "cu_seqlens_q", "limits")
+    tables = ("page_table", "seqused_k", "cu_seqlens_q", "limits")
     signature |= dict.fromkeys(tables, "*i32") | dict(scale2="fp32", cap2="fp32")
     signature |= dict.fromkeys(constexprs, "constexpr")
     pointers = [x for x in ("q", "k", "v", "out", "lse", *tables) if signature[x] != "constexpr"]

@@ -13,8 +13,8 @@ def full(q0, q1, k0, k1):
 
 def slots_of(table, seq):
     """Return the slots of a sequence's keys, in order."""
-    size, length = table.page_size, table.seqlens[seq]
-    pages = table.block_table[seq, : -(-length // size)].astype(np.int64)
+    size, length = table.page_size, table.seqused_k[seq]
+    pages = table.page_table[seq, : -(-length // size)].astype(np.int64)
     return (pages[:, None] * size + np.arange(size)).ravel()[:length]
 
 
@@ -37,7 +37,7 @@ def test_tables_hold_every_key_of_every_query(data, sequences, page_size):
     table = make_decode_table(np.array(spans, dtype=np.int64), rows, page_size)
     edges = table.cu_seqlens_q
     assert edges[0] == 0 and edges[-1] == rows and (np.diff(edges) > 0).all()
-    assert table.block_table.dtype == table.seqlens.dtype == edges.dtype == np.int32
+    assert table.page_table.dtype == table.seqused_k.dtype == edges.dtype == np.int32
     for seq, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
         for query in range(a, b):
             assert slots_of(table, seq).tolist() == want.get(query, [])

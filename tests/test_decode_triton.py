@@ -22,7 +22,7 @@ class Case(NamedTuple):
     q: torch.Tensor  # [total_q, nheads, headdim]
     k: torch.Tensor  # [num_slots, nheads_k, headdim]
     v: torch.Tensor
-    tables: dict  # block_table, seqlens, cu_seqlens_q, max_seqlen_q, page_size
+    tables: dict  # page_table, seqused_k, cu_seqlens_q, max_seqlen_q, page_size
     slots: list  # of each sequence's tokens, in order
     queries: list  # of each sequence
 
@@ -33,24 +33,24 @@ def in_nan(x):
     return wide[..., :-16].copy_(x)
 
 
-def draw_case(seqlens, queries, heads, dtype, page_size=16, seed=0):
+def draw_case(seqused_k, queries, heads, dtype, page_size=16, seed=0):
     """Return a case; heads: (nheads, nheads_k, headdim, headdim_v)."""
     nheads, nheads_k, headdim, headdim_v = heads
     draw = torch.Generator().manual_seed(seed)
-    pages = [-(-n // page_size) for n in seqlens]
+    pages = [-(-n // page_size) for n in seqused_k]
     order = torch.randperm(sum(pages) + 3, generator=draw).split([*pages, 3])
     num_slots = (sum(pages) + 3) * page_size
     k, v = (torch.full((num_slots, nheads_k, d), NAN) for d in (headdim, headdim_v))
-    table = torch.full((len(seqlens), max(pages) + 2), FAR, dtype=torch.int32)
+    table = torch.full((len(seqused_k), max(pages) + 2), FAR, dtype=torch.int32)
     slots = []
-    for i, n in enumerate(seqlens):
+    for i, n in enumerate(seqused_k):
         table[i, : pages[i]] = order[i]
         slots.append((order[i][:, None] * page_size + torch.arange(page_size)).flatten()[:n])
         for x in (k, v):
             x[slots[-1]] = torch.randn(n, *x.shape[1:], generator=draw)
     q = torch.randn(sum(queries), nheads, headdim, generator=draw)
     edges = torch.tensor([0, *queries]).cumsum(0).int()
-    tables = dict(block_table=table, seqlens=torch.tensor(seqlens).int(), cu_seqlens_q=edges)
+    tables = dict(page_table=table, seqused_k=torch.tensor(seqused_k).int(), cu_seqlens_q=edges)
     tables = {name: x.to(DEVICE) for name, x in tables.items()}
     tables |= dict(max_seqlen_q=max(queries), page_size=page_size)
     q, k, v = (in_nan(x.to(dtype)) for x in (q, k, v))
@@ -142,8 +142,8 @@ def test_bits_are_the_same_again_and_in_any_batch(num_splits, dtype):
     out, lse = run(case, num_splits=num_splits)
     again, lse_again = run(case, num_splits=num_splits)
     assert torch.equal(out, again) and torch.equal(lse, lse_again)
-    tables = dict(case.tables, block_table=case.tables["block_table"][2:])
-    tables |= dict(seqlens=case.tables["seqlens"][2:], cu_seqlens_q=torch.tensor([0, 2]).int())
+    tables = dict(case.tables, page_table=case.tables["page_table"][2:])
+    tables |= dict(seqused_k=case.tables["seqused_k"][2:], cu_seqlens_q=torch.tensor([0, 2]).int())
     tables["cu_seqlens_q"] = tables["cu_seqlens_q"].to(DEVICE)
     alone, lse_alone = run(case._replace(q=case.q[2:], tables=tables), num_splits=num_splits)
     assert torch.equal(alone, out[2:]) and torch.equal(lse_alone, lse[:, 2:])
@@ -247,12 +247,12 @@ def test_any_strides_give_the_same_bits():
         wide[1:, :, 8:-8] = x.transpose(0, 1)
         return wide.transpose(0, 1)[:, 1:, 8:-8]
 
-    table = case.tables["block_table"]
+    table = case.tables["page_table"]
     wide = torch.full((len(table), table.shape[1] + 3), FAR, dtype=torch.int32, device=DEVICE)
     wide[:, 2:-1] = table
     for change, tables in (
         (torch.Tensor.contiguous, {}),
-        (spread, dict(block_table=wide[:, 2:-1])),
+        (spread, dict(page_table=wide[:, 2:-1])),
     ):
         q, k, v = map(change, (case.q, case.k, case.v))
         other = case._replace(q=q, k=k, v=v, tables=case.tables | tables)
@@ -330,9 +330,9 @@ REFUSALS = [
     (dict(lse=lambda x: x.T), r"lse: want \(4, 3\), got \(3, 4\)"),
     (dict(lse=lambda x: x.half()), "lse: want torch.float32"),
     (dict(lse=lambda x: x.to("meta")), "lse: want a tensor on"),
-    (dict(block_table=lambda x: x.long()), "block_table: want torch.int32, got torch.int64"),
-    (dict(block_table=lambda x: x[0]), r"block_table: want \[sequences, pages\]"),
-    (dict(seqlens=lambda x: x[:1]), r"seqlens: want \(2,\), got \(1,\)"),
+    (dict(page_table=lambda x: x.long()), "page_table: want torch.int32, got torch.int64"),
+    (dict(page_table=lambda x: x[0]), r"page_table: want \[sequences, pages\]"),
+    (dict(seqused_k=lambda x: x[:1]), r"seqused_k: want \(2,\), got \(1,\)"),
     (dict(cu_seqlens_q=lambda x: x[:2]), r"cu_seqlens_q: want \(3,\), got \(2,\)"),
     (dict(limits=torch.zeros(2, dtype=torch.int32)), r"limits: want \(3,\), got \(2,\)"),
     (dict(page_size=0), "page_size: want 1 or more, got 0"),

@@ -37,6 +37,7 @@ ALLOWED = {
     "local": {
         "backend",
         "decode_table",
+        "env",
         "errors",
         "kernels",
         "tile_table",

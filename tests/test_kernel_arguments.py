@@ -59,7 +59,7 @@ DECODE = {
     "softmax_scale: want a finite number, got inf": dict(softmax_scale=float("inf")),
     "softcap: want 0, which is none, or more, got inf": dict(softcap=float("inf")),
     f"max_seqlen_q: want at most {target.MAX_ROWS // 2}, got {OVER}": dict(max_seqlen_q=OVER),
-    "block_table: want pages of at most": dict(page_size=OVER // 2),
+    "page_table: want pages of at most": dict(page_size=OVER // 2),
 }
 
 
@@ -68,8 +68,8 @@ def test_decode_refuses(match):
     out, lse = zeros(3, 4, 16), zeros(4, 3)
     int32 = dict(dtype=torch.int32, device=DEVICE)
     call = dict(
-        block_table=zeros(2, 2, dtype=torch.int32),
-        seqlens=torch.tensor([7, 8], **int32),
+        page_table=zeros(2, 2, dtype=torch.int32),
+        seqused_k=torch.tensor([7, 8], **int32),
         cu_seqlens_q=torch.tensor([0, 1, 3], **int32),
         **dict(max_seqlen_q=2, page_size=8, softmax_scale=1.0),
     )

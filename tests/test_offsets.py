@@ -131,18 +131,18 @@ def paged(dtype):
         v=noise(64, 3, 16, dtype=dtype, seed=2),
         out=noise(4, 6, 16),
         lse=noise(6, 4),
-        block_table=torch.tensor([[3, 0, 2, 5, 6], [7, 1, 6, 4, 0], [2, 7, 1, 3, 5]], **int32),
+        page_table=torch.tensor([[3, 0, 2, 5, 6], [7, 1, 6, 4, 0], [2, 7, 1, 3, 5]], **int32),
     )
     numbers = dict(max_seqlen_q=2, page_size=8, softmax_scale=0.3, seeded=True)
-    numbers["seqlens"] = torch.tensor([40, 25, 17], **int32)
+    numbers["seqused_k"] = torch.tensor([40, 25, 17], **int32)
     numbers["cu_seqlens_q"] = torch.tensor([0, 1, 3, 4], **int32)
     return tensors, numbers
 
 
-@pytest.mark.parametrize("which", ["q", "k", "v", "out", "lse", "block_table"])
+@pytest.mark.parametrize("which", ["q", "k", "v", "out", "lse", "page_table"])
 def test_decode(which):
     tensors, numbers = paged(torch.float16)
-    dims = range(1 if which == "block_table" else 2)
+    dims = range(1 if which == "page_table" else 2)
     check(
         lambda **given: decode.decode(**given, **numbers),
         *(tensors, ("out", "lse"), which, dims),
@@ -173,8 +173,8 @@ def test_decode_from_slots_past_2_31():
         out, lse = torch.zeros(1, 1, 16, device=DEVICE), torch.zeros(1, 1, device=DEVICE)
         decode.decode(
             *(near[:1], cache, cache, out, lse),
-            block_table=torch.arange(page, page + 5, **int32)[None],
-            seqlens=torch.tensor([77], **int32),
+            page_table=torch.arange(page, page + 5, **int32)[None],
+            seqused_k=torch.tensor([77], **int32),
             cu_seqlens_q=torch.tensor([0, 1], **int32),
             max_seqlen_q=1,
             page_size=16,

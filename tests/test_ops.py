@@ -79,9 +79,9 @@ def test_decode_merge_and_copies_compile():
     q, k, v = tensors((2, 4, 16), (24, 2, 16), (24, 2, 16))
     out, lse = tensors((2, 4, 16), (4, 2))
     ints = dict(dtype=torch.int32, device=DEVICE)
-    block_table = torch.tensor([[2, 0], [1, 0]], **ints)
+    page_table = torch.tensor([[2, 0], [1, 0]], **ints)
     lengths, edges = torch.tensor([13, 5], **ints), torch.tensor([0, 1, 2], **ints)
-    args = (q, k, v, out, lse, block_table, lengths, edges, 1, 8, 0.25, 0.0, None, 2, True, False)
+    args = (q, k, v, out, lse, page_table, lengths, edges, 1, 8, 0.25, 0.0, None, 2, True, False)
     check(torch.ops.ringkern.decode.default, *args)
     outs, lses = tensors((3, 1, 5, 2, 8), (3, 1, 2, 5))
     check(

@@ -10,13 +10,13 @@ MOST_ROWS = 16  # queries of a sequence; beyond, tiles of the step kernel are as
 class DecodeTable(NamedTuple):
     """Which pages hold the keys of which queries. int32 all.
 
-    block_table: [sequences, pages], pages in order; those past a sequence's keys are 0.
-    seqlens: [sequences], keys. 0: queries that see none.
+    page_table: [sequences, pages], pages in order; those past a sequence's keys are 0.
+    seqused_k: [sequences], keys. 0: queries that see none.
     cu_seqlens_q: [sequences + 1], from 0 to the rows of the query tensor.
     """
 
-    block_table: np.ndarray
-    seqlens: np.ndarray
+    page_table: np.ndarray
+    seqused_k: np.ndarray
     cu_seqlens_q: np.ndarray
     page_size: int
 
@@ -56,13 +56,13 @@ def make_decode_table(
     seq = np.searchsorted(edges, begins)[of]  # rows between are sequences without keys
     pages = -(-k1 // page_size) - k0 // page_size
     count = np.bincount(seq, pages, len(edges) - 1).astype(np.int64)
-    block_table = np.zeros((len(count), count.max(initial=1)), dtype=np.int32)
+    page_table = np.zeros((len(count), count.max(initial=1)), dtype=np.int32)
     within = np.arange(pages.sum()) - np.repeat(np.cumsum(pages) - pages, pages)
     numbers = np.repeat(k0 // page_size, pages) + within
     owner = np.repeat(seq, pages)
     place = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
-    block_table[owner, place] = numbers
-    seqlens = np.bincount(seq, k1 - k0, len(count))
+    page_table[owner, place] = numbers
+    seqused_k = np.bincount(seq, k1 - k0, len(count))
     return DecodeTable(
-        block_table, seqlens.astype(np.int32), edges.astype(np.int32), int(page_size)
+        page_table, seqused_k.astype(np.int32), edges.astype(np.int32), int(page_size)
     )

@@ -25,6 +25,8 @@ VARIABLES = {
     "RINGKERN_PROFILE": "a file that `ringkern calibrate` wrote, for the choice of method",
     "RINGKERN_DEVICE": "the device of rings that name none: cpu, cuda, cuda:1",
     "RINGKERN_BACKEND": "auto, triton or torch: what computes where a call says auto; default auto",
+    "RINGKERN_NUM_SPLITS": "parts that Triton kernels split keys into, the same on every GPU, 1 to 32; "
+    "default: as many as fill it",
     "RINGKERN_CHECK": "1: compare the arguments of every call between ranks first",
     "RINGKERN_TRACE": "a file for rank 0 to write a trace of all ranks to, when the ring closes",
 }
@@ -41,6 +43,12 @@ def flag(name: str) -> bool:
 def lanes() -> int:
     """Return RINGKERN_LANES, 1 to 16."""
     return whole("RINGKERN_LANES", 16, least=1)
+
+
+def num_splits() -> int:
+    """Return RINGKERN_NUM_SPLITS, 1 to 32; 0 if it is not set."""
+    name = "RINGKERN_NUM_SPLITS"
+    return whole(name, 32, least=1) if name in os.environ else 0
 
 
 def whole(name: str, most: int, least: int = 0) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ringkern import tile_table
+from ringkern import env, tile_table
 from ringkern.backend import why_not_triton
 from ringkern.decode_table import make_decode_table
 from ringkern.errors import UnsupportedError
@@ -100,9 +100,12 @@ def prepare(
     heads = problem.nheads, problem.nheads_k, problem.headdim, problem.headdim_v
     tokens = int((spans[:, 1] - spans[:, 0]).max(initial=1))
     how = cut.choose_cut(*heads, problem.dtype, target.arch(device), tokens, phase)
+    fixed = env.num_splits()
     fill = cut.tiles_to_fill(how, problem.batch, problem.nheads, _processors(device))
     whole = rows if fresh else 0  # tiles also of queries that see no key
-    table = tile_table.make_tiles(spans, how.block_q, how.block_n, rows=whole, fill=fill)
+    table = tile_table.make_tiles(
+        spans, how.block_q, how.block_n, rows=whole, fill=fill, splits=fixed
+    )
     return _Tiles(cut.make_table(table, how, device), phase)
 
 
@@ -113,16 +116,17 @@ def _fixed_table(spans, rows: int, page_size: int | None):
 def _prepare_decode(table, problem, device, fresh, room: int | None = None) -> _Decode:
     from ringkern.kernels.decode import choose_splits
 
-    sequences, longest = np.count_nonzero(table.seqlens), int(table.seqlens.max(initial=0))
-    block_table, queries = table.block_table, np.diff(table.cu_seqlens_q)
+    sequences, longest = np.count_nonzero(table.seqused_k), int(table.seqused_k.max(initial=0))
+    page_table, queries = table.page_table, np.diff(table.cu_seqlens_q)
     if room:  # for the longest that can come
         sequences, longest = len(queries), room * table.page_size
-        block_table = np.zeros((len(queries), room), dtype=np.int32)
-        block_table[:, : table.block_table.shape[1]] = table.block_table
+        page_table = np.zeros((len(queries), room), dtype=np.int32)
+        page_table[:, : table.page_table.shape[1]] = table.page_table
     else:
-        queries = queries[table.seqlens > 0]
-    splits = choose_splits(sequences, problem.nheads_k, longest, _processors(device))
-    arrays = block_table, table.seqlens, table.cu_seqlens_q
+        queries = queries[table.seqused_k > 0]
+    sms = _processors(device)
+    splits = env.num_splits() or choose_splits(sequences, problem.nheads_k, longest, sms)
+    arrays = page_table, table.seqused_k, table.cu_seqlens_q
     tables = tuple(upload(x, device) for x in arrays)
     options = dict(page_size=table.page_size, num_splits=splits, seeded=not fresh)
     return _Decode(tables, options | dict(max_seqlen_q=int(queries.max())))
@@ -134,12 +138,12 @@ def refill(work: _Decode, spans: np.ndarray, rows: int) -> None:
     Raises:
         UnsupportedError: the spans are not such as room is for.
     """
-    block_table, seqlens, _ = work.tables
+    page_table, seqused_k, _ = work.tables
     table = _fixed_table(spans, rows, work.options["page_size"])
     if table is None:
         raise UnsupportedError("attention in a graph: want whole pages of keys for each row.")
-    upload(table.block_table, block_table.device, block_table[:, : table.block_table.shape[1]])
-    upload(table.seqlens, seqlens.device, seqlens)
+    upload(table.page_table, page_table.device, page_table[:, : table.page_table.shape[1]])
+    upload(table.seqused_k, seqused_k.device, seqused_k)
 
 
 def step(q, k, v, out, lse, work, problem: Problem) -> None:

@@ -48,8 +48,8 @@ def decode(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    block_table: Tensor,
-    seqlens: Tensor,
+    page_table: Tensor,
+    seqused_k: Tensor,
     cu_seqlens_q: Tensor,
     max_seqlen_q: int,
     page_size: int,
@@ -66,7 +66,7 @@ def decode(
     options = dict(max_seqlen_q=max_seqlen_q, page_size=page_size, softmax_scale=softmax_scale)
     options |= dict(softcap=softcap, limits=limits, num_splits=num_splits, seeded=seeded)
     kernel.decode(
-        q, k, v, out, lse, block_table, seqlens, cu_seqlens_q, **options, allow_tf32=allow_tf32
+        q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, **options, allow_tf32=allow_tf32
     )
 
 
