@@ -65,12 +65,17 @@ def test_many_steps_that_cost_time_lose_to_few():
     assert cost.choose(plan, PAPER, busy).method in ("gather_q", "gather_kv")
 
 
-@pytest.mark.parametrize("new, method", [(1024, "gather_kv"), (131072, "pass_kv")])
-def test_a_gather_must_be_worth_the_memory_that_it_holds(monkeypatch, new, method):
-    """At 1 % faster it is chosen only where what it holds is little."""
-    times = dict(pass_kv=100.0, pass_q=200.0, gather_kv=99.0, gather_q=300.0)
-    monkeypatch.setattr(cost, "predict_us", lambda *_, **options: times)
-    assert cost.choose(plan_of(4, 0, new), PAPER, GTT).method == method
+@pytest.mark.parametrize("new, held, gain", [(1024, 0.5, 0), (4096, 2, 4), (1 << 20, 512, 20)])
+def test_a_gather_must_be_worth_the_memory_that_it_holds(monkeypatch, new, held, gain):
+    """K and V of a token are 512 bytes. Each doubling from 1 MiB on asks for 2 % more."""
+    for less, method in ((0.01, "gather_kv"), (-0.01, "pass_kv")):
+        ring_us = 100.0 + gain + less
+        times = dict(pass_kv=ring_us, pass_q=200.0, gather_kv=100.0, gather_q=300.0)
+        monkeypatch.setattr(cost, "predict_us", lambda *_, now=times, **options: now)
+        choice = cost.choose(plan_of(4, 0, new), PAPER, GTT)
+        told = f"gather_kv holds {held:.1f} MiB, and is to save {gain}% for it"
+        assert choice.method == method
+        assert (told in choice.reason) == (method == "pass_kv" and gain > 0)
 
 
 def test_decode_takes_two_latencies():

@@ -155,8 +155,9 @@ def predict_us(
     return {method: total(us) for method, us in steps.items()}
 
 
-# A gather holds K and V, or queries and their parts, of all ranks at once: beyond so many bytes it
-# must be worth it, by so much. The ring methods need two buffers however many ranks there are.
+# A gather holds K and V, or queries and their parts, of all ranks at once, where the ring methods
+# need two buffers however many ranks there are. From so many bytes on it must be faster by so much,
+# and by as much again for each doubling.
 GATHER_BYTES = 1 << 20
 GATHER_GAIN = 0.02
 
@@ -169,12 +170,17 @@ def choose(
         return Choice("pass_kv", "one rank: nothing travels", dict.fromkeys(METHODS, 0.0))
     predicted = predict_us(plan, problem, hardware, order=order)
     kv_tokens = sum(plan.kv_tokens(rank) for rank in range(plan.world_size))
-    asked = sum(block_bytes(kind, plan.total, problem) for kind in ("q", "part"))
-    held = {"gather_kv": block_bytes("kv", kv_tokens, problem), "gather_q": asked}
-    burden = {m: GATHER_GAIN * (held.get(m, 0) > GATHER_BYTES) for m in METHODS}
-    best = min(METHODS, key=lambda method: predicted[method] * (1 + burden[method]))
+    queries = sum(block_bytes(kind, plan.total, problem) for kind in ("q", "part"))
+    held = {"gather_kv": block_bytes("kv", kv_tokens, problem), "gather_q": queries}
+    gain = {m: GATHER_GAIN * (held.get(m, 0) // GATHER_BYTES).bit_length() for m in METHODS}
+    best = min(METHODS, key=lambda method: predicted[method] * (1 + gain[method]))
     others = ", ".join(f"{m} {us:.0f}" for m, us in predicted.items() if m != best)
-    return Choice(best, f"{best} {predicted[best]:.0f} us predicted; {others}", predicted)
+    reason = f"{best} {predicted[best]:.0f} us predicted; {others}"
+    fastest = min(METHODS, key=predicted.__getitem__)
+    if gain[fastest] > gain[best]:
+        mib = held[fastest] / (1 << 20)
+        reason += f"; {fastest} holds {mib:.1f} MiB, and is to save {gain[fastest]:.0%} for it"
+    return Choice(best, reason, predicted)
 
 
 # ---- the paper's rules, for comparison. paper.md section 2; C, BW and e as there.
