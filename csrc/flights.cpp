@@ -1,6 +1,7 @@
 #include "flights.h"
 
 #include <cstdio>
+#include <set>
 #include <utility>
 
 #include "error.h"
@@ -25,6 +26,20 @@ std::string describe(Ticket ticket, const Flight& flight, Clock::duration age) {
 }
 
 }  // namespace
+
+void Flight::describe(int rank, const std::vector<Send>& sends, const std::vector<Recv>& recvs) {
+  std::set<int> others;
+  for (const Send& send : sends) {
+    bytes_out += send.nbytes;
+    others.insert(send.peer);
+  }
+  for (const Recv& recv : recvs) {
+    bytes_in += recv.nbytes;
+    others.insert(recv.peer);
+  }
+  others.erase(rank);
+  peers.assign(others.begin(), others.end());
+}
 
 // ---- posting
 

@@ -30,6 +30,9 @@ struct Flight {
   bool launched = false;
   bool waited = false;
   bool is_run = false;  // of a graph: on the caller's own stream, and nobody waits for it
+
+  // Enters the peers and the bytes of an exchange of this rank.
+  void describe(int rank, const std::vector<Send>& sends, const std::vector<Recv>& recvs);
 };
 
 // Every function needs a Device::Use on the calling thread.

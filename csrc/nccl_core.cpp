@@ -38,11 +38,10 @@ NcclCore::NcclCore(std::unique_ptr<Transport> control, std::shared_ptr<const Ncc
       control_(std::move(control)),
       device_(std::move(driver), device),
       flights_(device_),
+      tally_(world_size),
       comm_(std::move(nccl)) {
   const Device::Use use(device_);
   stream_ = std::make_unique<OwnStream>(device_);
-  stats_.bytes_sent.resize(static_cast<std::size_t>(world_size));
-  stats_.bytes_received.resize(static_cast<std::size_t>(world_size));
 }
 
 NcclCore::~NcclCore() {
@@ -164,7 +163,7 @@ Ticket NcclCore::post(const std::vector<Send>& sends, const std::vector<Recv>& r
     if (error.is_about_stream()) device_.raise_for_stream(stream, error);
     throw;
   }
-  describe(flight, sends, recvs);
+  flight.describe(rank_, sends, recvs);
   // Open before NCCL is called, so that the deadline counts when that takes long.
   const Ticket ticket = flights_.open(std::move(flight));
   comm_.post(sends, recvs, stream_->handle());
@@ -174,7 +173,7 @@ Ticket NcclCore::post(const std::vector<Send>& sends, const std::vector<Recv>& r
   } else {
     flights_.launch(ticket, stream_->handle());
   }
-  count(sends, recvs);
+  tally_.add(sends, recvs);
   return ticket;
 }
 
@@ -209,22 +208,6 @@ void NcclCore::end_run(Ticket ticket, Stream stream) {
   raise();
 }
 
-void NcclCore::describe(Flight& flight, const std::vector<Send>& sends,
-                        const std::vector<Recv>& recvs) const {
-  for (const Send& send : sends) {
-    flight.bytes_out += send.nbytes;
-    flight.peers.push_back(send.peer);
-  }
-  for (const Recv& recv : recvs) {
-    flight.bytes_in += recv.nbytes;
-    flight.peers.push_back(recv.peer);
-  }
-  auto& peers = flight.peers;
-  std::sort(peers.begin(), peers.end());
-  peers.erase(std::unique(peers.begin(), peers.end()), peers.end());
-  peers.erase(std::remove(peers.begin(), peers.end(), rank_), peers.end());
-}
-
 void NcclCore::make_room() {
   while (flights_.size() >= kMostInFlight) {
     flights_.reap();
@@ -251,18 +234,6 @@ void NcclCore::settle(const std::function<void()>& on_idle) {
       idle_at = now + kIdle;
     }
   }
-}
-
-void NcclCore::count(const std::vector<Send>& sends, const std::vector<Recv>& recvs) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (const Send& send : sends) {
-    stats_.bytes_sent[static_cast<std::size_t>(send.peer)] += send.nbytes;
-  }
-  for (const Recv& recv : recvs) {
-    stats_.bytes_received[static_cast<std::size_t>(recv.peer)] += recv.nbytes;
-  }
-  stats_.messages_sent += sends.size();
-  stats_.messages_received += recvs.size();
 }
 
 // ---- waiting
@@ -296,16 +267,6 @@ Ticket NcclCore::settled() {
     trouble(error);
   }
   return flights_.settled();
-}
-
-Stats NcclCore::stats() {
-  Stats stats;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    stats = stats_;
-  }
-  stats.rejected_connections = control_->stats().rejected_connections;
-  return stats;
 }
 
 // ---- failing and leaving, as a caller asks for it

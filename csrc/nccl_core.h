@@ -19,6 +19,7 @@
 #include "flights.h"
 #include "loop.h"
 #include "nccl_comm.h"
+#include "tally.h"
 #include "transport.h"
 
 namespace ringkern {
@@ -46,7 +47,7 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   Ticket settled();
   void abort(const std::string& reason);
   void close();
-  Stats stats();
+  Stats stats() const { return tally_.read(*control_); }
   Transport& control() { return *control_; }
 
  private:
@@ -66,11 +67,8 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   std::vector<int> others() const;
 
   Ticket post(const std::vector<Send>& sends, const std::vector<Recv>& recvs, Stream stream);
-  void describe(Flight& flight, const std::vector<Send>& sends,
-                const std::vector<Recv>& recvs) const;
   void make_room();
   void settle(const std::function<void()>& on_idle);
-  void count(const std::vector<Send>& sends, const std::vector<Recv>& recvs);
 
   void trouble(const std::exception& error);
   [[noreturn]] void raise();
@@ -101,6 +99,7 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   const Device device_;
   std::unique_ptr<OwnStream> stream_;
   Flights flights_;
+  Tally tally_;
 
   std::mutex calls_;  // held while the communicator is called and the stream is given work
   NcclComm comm_;
@@ -113,7 +112,6 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   Clock::time_point ending_since_;
   bool poked_ = false;
   bool gone_ = false;  // the watching thread
-  Stats stats_;
 
   std::optional<Clock::time_point> asked_;  // the watching thread's own
 

@@ -13,7 +13,8 @@ StagingCore::StagingCore(std::unique_ptr<Transport> wire, int rank, int world_si
       options_(options),
       wire_(std::move(wire)),
       device_(std::move(driver), device),
-      flights_(device_) {
+      flights_(device_),
+      tally_(world_size) {
   const Device::Use use(device_);
   own_ = std::make_unique<OwnStream>(device_);
   gear_.reset(new StagingGear{options_, device_, *wire_, OwnStream(device_), OwnStream(device_),
@@ -21,8 +22,6 @@ StagingCore::StagingCore(std::unique_ptr<Transport> wire, int rank, int world_si
   const auto ranks = static_cast<std::size_t>(world_size);
   outs_.resize(ranks);
   ins_.resize(ranks);
-  stats_.bytes_sent.resize(ranks);
-  stats_.bytes_received.resize(ranks);
   start();
 }
 
@@ -68,14 +67,15 @@ std::optional<Ticket> StagingCore::post(const std::vector<Send>& sends,
   const Device::Use use(device_);
   flights_.reap();
   Flight flight = enter(stream);
-  StagedExchange exchange = describe(sends, recvs, flight);
+  flight.describe(rank_, sends, recvs);
+  StagedExchange exchange = cut(sends, recvs, flight);
   const std::lock_guard<std::mutex> lock(mutex_);
   if (failure_) return std::nullopt;
   const bool has_own = copy_own(sends, recvs, flight);
   if (exchange.unfinished == 0) {
     const Ticket ticket = flights_.open(std::move(flight));
     flights_.launch(ticket, own_->handle());
-    count(sends, recvs);
+    tally_.add(sends, recvs);
     return ticket;
   }
   if (has_own) {
@@ -127,41 +127,21 @@ bool StagingCore::copy_own(const std::vector<Send>& sends, const std::vector<Rec
   return any;
 }
 
-StagedExchange StagingCore::describe(const std::vector<Send>& sends, const std::vector<Recv>& recvs,
-                                     Flight& flight) const {
+StagedExchange StagingCore::cut(const std::vector<Send>& sends, const std::vector<Recv>& recvs,
+                                const Flight& flight) const {
   StagedExchange exchange;
   exchange.ready = flight.ready.get();
+  exchange.sends = sends;
+  exchange.recvs = recvs;
   for (const Send& send : sends) {
-    flight.bytes_out += send.nbytes;
-    exchange.sends.push_back(send);
-    if (send.peer == rank_) continue;
-    flight.peers.push_back(send.peer);
-    exchange.uncut += SlotLane::pieces(send.nbytes, options_);
+    if (send.peer != rank_) exchange.uncut += SlotLane::pieces(send.nbytes, options_);
   }
   exchange.unfinished = exchange.uncut;
   for (const Recv& recv : recvs) {
-    flight.bytes_in += recv.nbytes;
-    exchange.recvs.push_back(recv);
-    if (recv.peer == rank_) continue;
-    flight.peers.push_back(recv.peer);
-    exchange.unfinished += SlotLane::pieces(recv.nbytes, options_);
+    if (recv.peer != rank_) exchange.unfinished += SlotLane::pieces(recv.nbytes, options_);
   }
   exchange.unposted = exchange.unfinished;
-  auto& peers = flight.peers;
-  std::sort(peers.begin(), peers.end());
-  peers.erase(std::unique(peers.begin(), peers.end()), peers.end());
   return exchange;
-}
-
-void StagingCore::count(const std::vector<Send>& sends, const std::vector<Recv>& recvs) {
-  for (const Send& send : sends) {
-    stats_.bytes_sent[static_cast<std::size_t>(send.peer)] += send.nbytes;
-  }
-  for (const Recv& recv : recvs) {
-    stats_.bytes_received[static_cast<std::size_t>(recv.peer)] += recv.nbytes;
-  }
-  stats_.messages_sent += sends.size();
-  stats_.messages_received += recvs.size();
 }
 
 Ticket StagingCore::exchange_on_host(const std::vector<Send>& sends,
@@ -213,16 +193,6 @@ Ticket StagingCore::settled() {
     trouble(error);
   }
   return flights_.settled();
-}
-
-Stats StagingCore::stats() {
-  Stats stats;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    stats = stats_;
-  }
-  stats.rejected_connections = wire_->stats().rejected_connections;
-  return stats;
 }
 
 // ---- failing and leaving, as a caller asks for it

@@ -21,6 +21,7 @@
 #include "loop.h"
 #include "staging.h"
 #include "staging_lane.h"
+#include "tally.h"
 #include "transport.h"
 
 namespace ringkern {
@@ -45,7 +46,7 @@ class StagingCore {
   Ticket settled();
   void abort(const std::string& reason);
   void close();
-  Stats stats();
+  Stats stats() const { return tally_.read(*wire_); }
   Transport& wire() { return *wire_; }
 
  private:
@@ -56,9 +57,8 @@ class StagingCore {
   Flight enter(Stream stream);
   void refuse_capture(Stream stream) const;
   bool copy_own(const std::vector<Send>& sends, const std::vector<Recv>& recvs, Flight& flight);
-  StagedExchange describe(const std::vector<Send>& sends, const std::vector<Recv>& recvs,
-                          Flight& flight) const;
-  void count(const std::vector<Send>& sends, const std::vector<Recv>& recvs);  // needs mutex_
+  StagedExchange cut(const std::vector<Send>& sends, const std::vector<Recv>& recvs,
+                     const Flight& flight) const;
 
   void check_wire() { wire_->wait(wire_->exchange({}, {}, 0), 0); }
   bool is_through(Ticket ticket) const { return over_ || open_.count(ticket) == 0; }
@@ -92,6 +92,7 @@ class StagingCore {
   const std::unique_ptr<Transport> wire_;
   const Device device_;
   Flights flights_;
+  Tally tally_;
   std::unique_ptr<OwnStream> own_;  // of copies from this rank to itself
 
   std::unique_ptr<StagingGear> gear_;
@@ -109,7 +110,6 @@ class StagingCore {
   bool poked_ = false;
   bool leaving_ = false;
   bool over_ = false;  // nothing touches a caller's buffer any more, or nobody can say
-  Stats stats_;
 
   std::mutex closing_;
   bool closed_ = false;

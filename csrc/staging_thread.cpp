@@ -146,7 +146,7 @@ void StagingCore::launch(StagedExchange& exchange) {
   const std::lock_guard<std::mutex> lock(mutex_);
   done_ns_.emplace(exchange.ticket, now);
   open_.erase(exchange.ticket);
-  count(exchange.sends, exchange.recvs);
+  tally_.add(exchange.sends, exchange.recvs);
   changed_.notify_all();
 }
 

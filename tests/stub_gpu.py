@@ -6,9 +6,7 @@ import hashlib
 import os
 import pathlib
 import subprocess
-import threading
 import time
-import traceback
 from typing import NamedTuple
 
 import torch
@@ -82,37 +80,27 @@ def run_stub(fn, world_size: int, *args, transport="nccl", timeout_s: float = 20
 
     transport: "nccl", or "tcp" for device memory that goes through pinned memory.
     """
-    from threads import HARDWARE  # here, as benchmarks use the stubs too, from outside of tests
+    # Here, as benchmarks use the stubs too, from outside of tests.
+    from threads import HARDWARE, each_in_a_thread
 
     call, path = stubs()
     call.stub_reset()
     listeners = [_C.Listener("127.0.0.1") for _ in range(world_size)]
     addresses = [listener.address for listener in listeners]
-    values, errors = [None] * world_size, []
 
     def main(rank):
-        try:
-            wire = _C.join_tcp(
-                listeners[rank], rank, addresses, b"r" * 16, b"s" * 32, timeout_s=timeout_s
-            )
-            if transport == "nccl":
-                half = dict(timeout_s=timeout_s / 2, control_timeout_s=timeout_s / 2)
-                core = _C.join_nccl(wire, 0, path, path, **half)
-            else:
-                core = _C.join_staged(wire, 0, path)
-            link = StubLink(core, transport, addresses)
-            with Ring(link, torch.device("cpu"), HARDWARE) as ring:
-                values[rank] = fn(ring, *args)
-        except BaseException as error:
-            errors.append((rank, error, traceback.format_exc()))
+        wire = _C.join_tcp(
+            listeners[rank], rank, addresses, b"r" * 16, b"s" * 32, timeout_s=timeout_s
+        )
+        if transport == "nccl":
+            half = dict(timeout_s=timeout_s / 2, control_timeout_s=timeout_s / 2)
+            core = _C.join_nccl(wire, 0, path, path, **half)
+        else:
+            core = _C.join_staged(wire, 0, path)
+        link = StubLink(core, transport, addresses)
+        with Ring(link, torch.device("cpu"), HARDWARE) as ring:
+            return fn(ring, *args)
 
-    threads = [threading.Thread(target=main, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        rank, error, text = errors[0]
-        raise AssertionError(f"rank {rank} of {world_size}:\n{text}") from error
+    values = each_in_a_thread(main, world_size)
     assert call.stub_violations() == 0
     return values

@@ -9,35 +9,11 @@
 #include <vector>
 
 #include "crc32c.h"
-#include "ranks.h"
+#include "failing_ranks.h"
 
 using namespace ringkern;
 using Buffer = std::vector<std::uint8_t>;
 using Clock = std::chrono::steady_clock;
-
-namespace {
-
-// Ring steps until the ring fails.
-Failure turn_until_failure(int rank, int world_size, Transport& ring) {
-  const int next = (rank + 1) % world_size, prev = (rank + world_size - 1) % world_size;
-  Buffer out(1000), in(1000);
-  return failure_of([&] {
-    for (;;) {
-      ring.wait(ring.exchange({{next, out.data(), 1000}}, {{prev, in.data(), 1000}}, 0), 0);
-    }
-  });
-}
-
-// Later calls raise the same first error.
-void check_stays_failed(Transport& ring, const Failure& first) {
-  int word = 0;
-  CHECK(failure_of([&] { ring.exchange({}, {}, 0); }).text == first.text);
-  CHECK(failure_of([&] { ring.exchange({{0, &word, 4}}, {}, 0); }).text == first.text);
-  ring.abort("something else");
-  CHECK(failure_of([&] { ring.exchange({}, {}, 0); }).text == first.text);
-}
-
-}  // namespace
 
 TEST_CASE("an abort reaches every rank with its origin and its words") {
   Ports ports(5);

@@ -10,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "failing_ranks.h"
 #include "gpu_ranks.h"
 
 using namespace ringkern;
@@ -20,18 +21,8 @@ namespace {
 
 constexpr int kRemote = 6, kInternal = 3;
 
-// Ring steps until the ring fails.
-Failure turn_until_failure(int rank, int world_size, DeviceTransport& ring, Stream stream) {
-  const int next = (rank + 1) % world_size, prev = (rank + world_size - 1) % world_size;
-  // Freed on return: nothing may touch them once the failure is raised.
-  auto out = std::make_unique<Buffer>(1000), in = std::make_unique<Buffer>(1000);
-  return failure_of([&] {
-    for (;;) {
-      ring.wait(ring.exchange({{next, out->data(), 1000}}, {{prev, in->data(), 1000}}, stream),
-                stream);
-      stub::drained(stream);
-    }
-  });
+Failure turn(int rank, int world_size, DeviceTransport& ring, Stream stream) {
+  return turn_until_failure(rank, world_size, ring, stream, [&] { stub::drained(stream); });
 }
 
 struct Options {
@@ -52,26 +43,12 @@ std::vector<Failure> fail_ranks(const Options& options,
     ++joined;
     until([&] { return joined == options.world_size; });
     const Failure failure = failures[static_cast<std::size_t>(rank)] = body(rank, *ring, stream);
-    // Later calls raise the same first error.
-    CHECK(failure_of([&] { ring->exchange({}, {}, stream); }).text == failure.text);
-    CHECK(failure_of([&] { ring->wait(1, stream); }).text == failure.text);
-    ring->abort("something else");
-    CHECK(failure_of([&] { ring->exchange({}, {}, stream); }).text == failure.text);
+    check_stays_failed(*ring, failure, stream);
     ring->close();
     until([&] { return stub::drained(stream); });
     stub::destroy_stream(stream);
   });
   return failures;
-}
-
-void check_all(const std::vector<Failure>& failures, int origin, Kind kind,
-               const std::string& words) {
-  for (const Failure& failure : failures) {
-    CHECK(failure.origin == origin);
-    CHECK(failure.kind == kind);
-    CHECK(contains(failure.text, words));
-    CHECK(failure.text.rfind(concat("rank ", origin, " failed"), 0) == 0);
-  }
 }
 
 }  // namespace
@@ -80,7 +57,7 @@ TEST_CASE("an abort reaches every rank, and ends each communicator once") {
   const CleanStubs clean;
   const auto failures = fail_ranks({}, [](int rank, DeviceTransport& ring, Stream stream) {
     if (rank == 1) ring.abort("had enough");
-    return turn_until_failure(rank, 3, ring, stream);
+    return turn(rank, 3, ring, stream);
   });
   check_all(failures, 1, Kind::kTransport, "rank 1 of 3 was aborted: had enough");
   CHECK(stub::calls("ncclCommAbort") == 3);
@@ -126,7 +103,7 @@ TEST_CASE("a call of NCCL that fails ends the ring, with NCCL's words") {
           for (;;) ring.wait(ring.exchange({}, {}, stream), stream);
         });
       }
-      return turn_until_failure(rank, 3, ring, stream);
+      return turn(rank, 3, ring, stream);
     });
     check_all(failures, 2, Kind::kTransport,
               concat("NCCL 2.28.9: ", function, " failed: some error (the stub's last words)"));
@@ -140,7 +117,7 @@ TEST_CASE("a call of the driver that fails ends the ring, with CUDA's name for i
     const CleanStubs clean;
     const auto failures = fail_ranks({1}, [&](int rank, DeviceTransport& ring, Stream stream) {
       stub::fail(function, 700, 1);
-      return turn_until_failure(rank, 1, ring, stream);
+      return turn(rank, 1, ring, stream);
     });
     check_all(failures, 0, Kind::kTransport,
               concat(function, " failed with CUDA_ERROR_ILLEGAL_ADDRESS (700)"));
@@ -151,7 +128,7 @@ TEST_CASE("an error that NCCL meets by itself ends the ring") {
   const CleanStubs clean;
   const auto failures = fail_ranks({}, [](int rank, DeviceTransport& ring, Stream stream) {
     if (rank == 2) stub::set_async_error(2, kInternal);
-    return turn_until_failure(rank, 3, ring, stream);
+    return turn(rank, 3, ring, stream);
   });
   check_all(failures, 2, Kind::kTransport, "NCCL 2.28.9: the communicator failed: some error");
 }
@@ -167,7 +144,7 @@ TEST_CASE("when NCCL says that some peer is gone, the control ring says which") 
         until_watched(10);
         ring.abort("died");
       }
-      return turn_until_failure(rank, 3, ring, stream);
+      return turn(rank, 3, ring, stream);
     });
     if (known) {
       check_all(failures, 2, Kind::kTransport, "rank 2 of 3 was aborted: died");
@@ -183,7 +160,7 @@ TEST_CASE("a rank that never posts is blamed by all, itself too") {
   const auto start = std::chrono::steady_clock::now();
   const auto failures =
       fail_ranks({4, 500, 1500}, [](int rank, DeviceTransport& ring, Stream stream) {
-        if (rank != 2) return turn_until_failure(rank, 4, ring, stream);
+        if (rank != 2) return turn(rank, 4, ring, stream);
         return failure_of([&] {
           for (;;) ring.wait(ring.exchange({}, {}, stream), stream);
         });
@@ -310,7 +287,7 @@ TEST_CASE("leaving with an exchange that nobody waits for fails the others") {
       ring->close();
       out.reset();
     } else {
-      const Failure failure = turn_until_failure(1, 2, *ring, stream);
+      const Failure failure = turn(1, 2, *ring, stream);
       CHECK(failure.origin == 0);
       CHECK(contains(failure.text, "it closed the ring with exchanges open: 1"));
     }

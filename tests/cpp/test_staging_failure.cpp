@@ -10,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "failing_ranks.h"
 #include "staged_ranks.h"
 
 using namespace ringkern;
@@ -23,19 +24,10 @@ struct Options {
   int grace_ms = 20000;
 };
 
-// Ring steps of many pieces until the ring fails.
-Failure turn_until_failure(const StagedRank& it, int world_size) {
-  const int next = (it.rank + 1) % world_size, prev = (it.rank + world_size - 1) % world_size;
-  // Freed on return: nothing may touch them once the failure is raised.
-  auto out = std::make_unique<Buffer>(1000), in = std::make_unique<Buffer>(1000);
-  return failure_of([&] {
-    for (;;) {
-      it.ring.wait(
-          it.ring.exchange({{next, out->data(), 1000}}, {{prev, in->data(), 1000}}, it.stream),
-          it.stream);
-      stub::drained(it.stream);
-    }
-  });
+// Ring steps of many pieces.
+Failure turn(const StagedRank& it, int world_size) {
+  return turn_until_failure(it.rank, world_size, it.ring, it.stream,
+                            [&] { stub::drained(it.stream); });
 }
 
 // Posts nothing until the ring has failed, so that the failure is another rank's.
@@ -61,11 +53,7 @@ std::vector<Failure> fail_ranks(const Options& options,
     meet();
     const Failure failure = failures[static_cast<std::size_t>(rank)] =
         body({rank, *wire, *ring, stream, meet});
-    // Later calls raise the same first error.
-    CHECK(failure_of([&] { ring->exchange({}, {}, stream); }).text == failure.text);
-    CHECK(failure_of([&] { ring->wait(1, stream); }).text == failure.text);
-    ring->abort("something else");
-    CHECK(failure_of([&] { ring->exchange({}, {}, stream); }).text == failure.text);
+    check_stays_failed(*ring, failure, stream);
     CHECK(ring->poll(1, milliseconds(0)));
     const Failure on_host = failure_of([&] { ring->host().exchange({}, {}, 0); });
     CHECK(on_host.origin == failure.origin);
@@ -74,16 +62,6 @@ std::vector<Failure> fail_ranks(const Options& options,
     sync(stream);
   });
   return failures;
-}
-
-void check_all(const std::vector<Failure>& failures, int origin, Kind kind,
-               const std::string& words) {
-  for (const Failure& failure : failures) {
-    CHECK(failure.origin == origin);
-    CHECK(failure.kind == kind);
-    CHECK(contains(failure.text, words));
-    CHECK(failure.text.rfind(concat("rank ", origin, " failed"), 0) == 0);
-  }
 }
 
 }  // namespace
@@ -97,9 +75,9 @@ TEST_CASE("an abort in the middle of messages reaches every rank") {
         until([&] { return it.wire.posted() > 100; });
         it.ring.abort("had enough");
       });
-      return turn_until_failure(it, 3);
+      return turn(it, 3);
     }
-    return turn_until_failure(it, 3);
+    return turn(it, 3);
   });
   check_all(failures, 1, Kind::kTransport, "rank 1 of 3 was aborted: had enough");
 }
@@ -163,7 +141,7 @@ TEST_CASE("a call of the driver that fails ends the ring, with CUDA's name for i
       // Whose call comes first is open, but not that all name the same rank.
       if (it.rank == 2) stub::fail(function, 700);
       it.meet();
-      return turn_until_failure(it, 3);
+      return turn(it, 3);
     });
     check_all(failures, failures[0].origin, Kind::kTransport,
               concat(function, " failed with CUDA_ERROR_ILLEGAL_ADDRESS (700)"));
@@ -174,7 +152,7 @@ TEST_CASE("a copy to oneself that fails ends the ring") {
   const CleanStaged clean;
   const auto failures = fail_ranks({1}, [](const StagedRank& it) {
     stub::fail("cuMemcpyDtoDAsync", 700);
-    return turn_until_failure(it, 1);
+    return turn(it, 1);
   });
   check_all(failures, 0, Kind::kTransport, "cuMemcpyDtoDAsync failed with CUDA_ERROR_ILLEGAL_ADD");
 }
@@ -215,7 +193,7 @@ TEST_CASE("a rank that never posts is blamed by all, itself too") {
   const CleanStaged clean;
   const auto start = std::chrono::steady_clock::now();
   const auto failures = fail_ranks({4, 1000}, [](const StagedRank& it) {
-    return it.rank == 2 ? idle_until_failure(it) : turn_until_failure(it, 4);
+    return it.rank == 2 ? idle_until_failure(it) : turn(it, 4);
   });
   check_all(failures, 2, Kind::kTimeout, "Rank 2 is alive but has not posted its side");
   CHECK(std::chrono::steady_clock::now() - start < milliseconds(5000));
@@ -308,7 +286,7 @@ TEST_CASE("a GPU that cannot be used is refused; a new ring works afterwards") {
   const CleanStaged clean;
   fail_ranks({2}, [](const StagedRank& it) {
     if (it.rank == 0) it.ring.abort("over");
-    return turn_until_failure(it, 2);
+    return turn(it, 2);
   });
   run_staged(2, staging_options(), [](const StagedRank& it) { swap(it, {1 - it.rank}, 1000, 0); });
 }
