@@ -126,8 +126,8 @@ def test_any_history_by_any_method(
 def agree(ring, lengths):
     placement = ringkern.Placement(ring.world_size)
     plan = placement.prefill(dict(enumerate(lengths)))
-    torch.manual_seed(1)
-    q, k, v = (torch.randn(plan.total, heads, 16) for heads in (4, 2, 2))
+    draw = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(plan.total, heads, 16, generator=draw) for heads in (4, 2, 2))
     mine = [plan.shard(x, ring.rank) for x in (q, k, v)]
     return [ring.unshard(ring.attn(*mine, plan, method=m), plan) for m in (*METHODS, "auto")]
 
@@ -142,8 +142,7 @@ def test_methods_agree(world_size, lengths):
 
 def small_parts(ring, partial_dtype):
     plan = ringkern.Placement(ring.world_size).prefill({"a": 90})
-    torch.manual_seed(2)
-    x = torch.randn(90, 2, 16)
+    x = torch.randn(90, 2, 16, generator=torch.Generator().manual_seed(2))
     mine = plan.shard(x, ring.rank)
     out = ring.attn(mine, mine, mine, plan, method="pass_q", partial_dtype=partial_dtype)
     return ring.unshard(out, plan), ring.stats()["bytes_sent"]
