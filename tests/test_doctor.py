@@ -6,6 +6,7 @@ import pytest
 import torch
 from ringkern import doctor, gpu
 from ringkern.doctor import Library
+from ringkern.kernels import configs
 
 ETH = ("eth0", "10.0.0.1", True, False)
 LO = ("lo", "127.0.0.1", True, True)
@@ -78,6 +79,9 @@ def test_a_host_of_gpus(machine):
     assert found["gpu"]["NCCL"] == "2.28.9 at /opt/libnccl.so.2"
     want = "NVIDIA H200, capability 9.0, 139 GiB, PCI 0000:13:00.0, NUMA node 1, GPU-3"
     assert found["gpu"]["GPU 3"] == want and "GPU 4" not in found["gpu"]
+    for kernel in ("step", "decode", "merge"):
+        line = found["gpu"][f"{kernel} kernel, capability 9.0"]
+        assert line == configs.explain(kernel, 90, 128, 128, "bfloat16")
     ring = found["a ring here"]
     assert ring["device"].startswith("cuda:0: ") and "LOCAL_RANK" in ring["device"]
     assert ring["transport"].startswith("nccl 2.28.9, if every rank")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import ringkern
 from ringkern import env, topology
 from ringkern.errors import RingkernError
+from ringkern.kernels import configs
 
 SYSFS, SYSCTL = pathlib.Path("/sys"), pathlib.Path("/proc/sys/net")
 # PCI vendors for whose network cards NCCL takes several threads and sockets by itself.
@@ -160,6 +161,10 @@ def _gpu(driver, nccl, gpus):
             f"{gpu.name}, capability {_dotted(gpu.capability)}, {gpu.memory / 2**30:.0f} GiB, "
             f"PCI {place.pci or 'unknown'}, NUMA node {node}, {place.gpu}"
         )
+    for major, minor in sorted({gpu.capability for gpu in gpus if gpu.capability >= (8, 0)}):
+        for kernel in ("step", "decode", "merge"):
+            line = configs.explain(kernel, 10 * major + minor, 128, 128, "bfloat16")
+            found[f"{kernel} kernel, capability {major}.{minor}"] = line
     if not gpus:
         found["GPUs"] = "none that torch sees"
     return found
