@@ -40,8 +40,9 @@ def attn(
     query stands at the last key. A sink is one more score per head, with a value of zero.
     """
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    k_pos = torch.arange(seqlen_k) if k_pos is None else k_pos
-    q_pos = torch.arange(seqlen_q) + seqlen_k - seqlen_q if q_pos is None else q_pos
+    k_pos = torch.arange(seqlen_k, device=q.device) if k_pos is None else k_pos
+    if q_pos is None:
+        q_pos = torch.arange(seqlen_k - seqlen_q, seqlen_k, device=q.device)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     group = q.shape[2] // k.shape[2]
     q = q.to(dtype).transpose(1, 2)

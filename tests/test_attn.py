@@ -107,6 +107,12 @@ def test_a_row_without_keys_and_a_sink():
     assert torch.equal(lse[0, :, 0], sinks)
 
 
+def test_the_oracle_computes_where_its_inputs_are():
+    on_meta = [x.to("meta") for x in make_qkv(5, 7)]
+    for result in reference.attn(*on_meta, causal=True, window_size=(3, 0)):
+        assert result.device.type == "meta"
+
+
 def test_views_give_the_same_bits():
     draw = torch.Generator().manual_seed(3)
     packed = torch.randn(2, 50, 3 * 4, 32, generator=draw)[:, 3:47, :, 5:21]
