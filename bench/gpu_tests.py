@@ -1,7 +1,7 @@
 """Runs the tests of kernels on this machine's GPU and records what came of them.
 
-python -m bench.gpu_tests [--out JSONL] [PYTEST ARGUMENTS]. The record is one of bench/record.py;
-its calls are tests.
+python -m bench.gpu_tests [--out JSONL] [PYTEST ARGUMENTS]. Files and tests that these name run
+instead of all. The record is one of bench/record.py; its calls are tests.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import datetime
 import pathlib
 import re
 import secrets
+import shlex
 import sys
 from types import SimpleNamespace
 
@@ -22,15 +23,22 @@ TESTS = machine.ROOT / "tests"
 
 
 class Tally:
-    """A pytest plugin: what came of each test, and how long it took."""
+    """A pytest plugin: what came of each test, how long it took, and of how many files they were."""
 
     def __init__(self):
         self.counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
         self.times_s: list[float] = []
         self.reasons: list[str] = []
+        self.files: set[str] = set()
+
+    def pytest_load_initial_conftests(self, early_config, args):
+        """Run files() where the command line names no tests: only pytest can tell them from values."""
+        if not early_config.known_args_namespace.file_or_dir:
+            args += map(str, files())
 
     def pytest_runtest_logreport(self, report):
         """Count a test once: by its call, or by the step before or after that went wrong."""
+        self.files.add(report.nodeid.partition("::")[0])
         if report.when == "call":
             self.times_s.append(max(report.duration, 1e-6))
         if report.when == "call" or not report.passed:
@@ -41,6 +49,7 @@ class Tally:
     def pytest_collectreport(self, report):
         """Count a file that cannot be read, or is skipped as a whole."""
         if not report.passed:
+            self.files.add(report.nodeid.partition("::")[0])
             self.counts[report.outcome] += 1
 
 
@@ -61,24 +70,24 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench.gpu_tests: {reason}: no test was run", file=sys.stderr)
         return 1
     began, tally = datetime.datetime.now(datetime.timezone.utc), Tally()
-    code = pytest.main([*map(str, files()), *others], plugins=[tally])
+    code = pytest.main(others, plugins=[tally])
     if code or not tally.counts["passed"]:
         print(f"bench.gpu_tests: {tally.counts}: not recorded", file=sys.stderr)
         return int(code) or 1
     out = args.out or machine.ROOT / "bench/results" / f"{gpu.name()}-{began:%Y-%m-%d}.jsonl"
-    one = make_record(tally)
+    one = make_record(tally, others)
     record.append(out, [one])
     print(f"{one['machine']['gpu']}: {tally.counts}; recorded in {out.name}")
     return 0
 
 
-def make_record(tally: Tally) -> dict:
-    """Return the record of a run of the tests."""
+def make_record(tally: Tally, args: list[str]) -> dict:
+    """Return the record of a run of the tests. args: pytest's."""
     counts, times = tally.counts, [[time] for time in tally.times_s]
     case = SimpleNamespace(
         id="gpu_tests",
         operation=Operation("gpu_tests", *[None] * 3, nothing, nothing),
-        shape={"files": len(files())},
+        shape={"files": len(tally.files)},
         dtype=None,
         impls=("ringkern",),
         peer=None,
@@ -94,7 +103,7 @@ def make_record(tally: Tally) -> dict:
     found.facts = {
         "machine": gpu.describe(),
         "versions": gpu.versions(),
-        "cmd": "python -m bench.gpu_tests",
+        "cmd": _public(shlex.join(["python", "-m", "bench.gpu_tests", *args])),
         "detail": {"skipped_because": sorted(set(tally.reasons))},
         "samples_us": [],
     }
@@ -107,6 +116,11 @@ def make_record(tally: Tally) -> dict:
         "note": "",
     }
     return summary.make_records(case, {"ringkern": found}, facts)[0]
+
+
+def _public(cmd):
+    """Return a command without where things lie on this machine."""
+    return record.A_PATH.sub(r"\1...", cmd.replace(f"{machine.ROOT}/", ""))
 
 
 if __name__ == "__main__":

@@ -265,3 +265,31 @@ def test_the_tests_are_counted_and_recorded(monkeypatch, tmp_path, capsys):
     assert one["detail"]["skipped_because"] == ["Skipped: no fp8"]
     assert one["op"] == "gpu_tests" and one["machine"]["gpu"] and one["versions"]["triton"]
     assert machine.host() == one["host"]
+    assert one["shape"] == {"files": 1}
+
+
+def test_tests_that_the_command_names_run_instead(monkeypatch, tmp_path):
+    paths = [tmp_path / f"test_{name}.py" for name in "abc"]
+    for path in paths:
+        path.write_text("def test_x(): pass\ndef test_y(): pass\n")
+    (tmp_path / "test_x").touch()  # the value of an option names no test, even if it is a file
+    a, b, c = map(str, paths)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "why_not", lambda quick=False: None)
+    monkeypatch.setattr(gpu_tests, "files", lambda: paths[:2])
+
+    def run(*args):
+        """Return how many files there were, how many tests, and the command."""
+        out = tmp_path / "out.jsonl"
+        out.unlink(missing_ok=True)
+        common = ["--out", str(out), "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+        assert gpu_tests.main([*common, *args]) == 0
+        (one,) = record.load(out)
+        return one["shape"]["files"], one["detail"]["passed"], one["cmd"].split()[-1]
+
+    assert run("-q")[:2] == (2, 4)
+    assert run("-q", "-k", "test_x")[:2] == (2, 2)
+    assert run("-k", "test_a")[:2] == (1, 2)
+    assert run(a, c)[:2] == (2, 4)
+    assert run("-x", c, f"{b}::test_y") == (2, 3, "test_b.py::test_y")
