@@ -33,7 +33,7 @@ ALLOWED = {
     "packed": {"errors"},
     "kernels": {"kernels"},
     "backend": {"env", "errors", "kernels", "types"},
-    "ops": {"kernels"},
+    "ops": {"attn", "kernels"},
     "local": {
         "backend",
         "decode_table",

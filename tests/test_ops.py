@@ -1,10 +1,14 @@
 """torch.compile and torch.export trace through ringkern's operators, and agree with eager calls."""
 
+import subprocess
+import sys
+
 import pytest
 import ringkern
 import torch
 from accelerator import DEVICE
 from ringkern import ops, tiles
+from ringkern.errors import UnsupportedError
 from ringkern.kernels import cut, step
 from ringkern.tile_table import make_tiles
 
@@ -54,6 +58,78 @@ def test_packed_attention_and_merge_export():
     check(torch.ops.ringkern.attn_varlen.default, *args, True, None, [-1, -1], 0.0, None, "auto")
     outs, lses = tensors((3, 5, 2, 8), (3, 2, 5))
     check(torch.ops.ringkern.merge.default, outs, lses)
+
+
+LOADS = """
+import sys
+import ringkern.ops
+import torch
+
+given, want = torch.load(sys.argv[2])
+found = torch.export.load(sys.argv[1]).module()(*given)
+torch.testing.assert_close(found, want, rtol=0, atol=0)
+names = "attn attn_varlen merge step decode merge_into gather_rows scatter_rows".split()
+assert all(hasattr(torch.ops.ringkern, name) for name in names)
+"""
+
+
+def test_a_saved_program_runs_in_a_fresh_process(tmp_path):
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            out, lse = ringkern.attn_func(q, k, v, causal=True)
+            return ringkern.merge(torch.stack([out, -out]), torch.stack([lse, lse + 1]))
+
+    given = tuple(tensors((1, 5, 4, 16), (1, 9, 2, 16), (1, 9, 2, 16)))
+    torch.export.save(torch.export.export(Model(), given), tmp_path / "program.pt2")
+    torch.save((given, Model()(*given)), tmp_path / "tensors.pt")
+    paths = tmp_path / "program.pt2", tmp_path / "tensors.pt"
+    subprocess.run([sys.executable, "-c", LOADS, *paths], check=True, timeout=120)
+
+
+class Projected(torch.nn.Module):
+    """A model whose parameters ask for gradients, as they do unless somebody says otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(16, 16, device=DEVICE)
+
+    def forward(self, x):
+        q = self.project(x)
+        return ringkern.attn_func(q, q, q, causal=True)
+
+
+def test_gradients_are_refused_in_the_call():
+    """By the operators too: not as late as in backward, where torch knows of no formula."""
+    model, refused = Projected(), "gradients: ringkern is for inference"
+    (x,) = tensors((1, 5, 2, 16))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=refused):
+        compiled(x)
+    with pytest.raises(UnsupportedError, match=refused):
+        torch.export.export(model, (x,))
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        assert all(map(torch.equal, compiled(x), model(x)))
+        assert all(map(torch.equal, program.module()(x), model(x)))
+    with pytest.raises(UnsupportedError, match=refused):
+        program.module()(x)
+
+    q, lses = x.clone().requires_grad_(), torch.zeros(1, 2, 5, device=DEVICE)
+    edges = torch.tensor([0, 5], dtype=torch.int32)
+    rest = True, None, [-1, -1], 0.0, None, "auto"
+    for call, args in (
+        (torch.ops.ringkern.attn, (q, x, x, *rest)),
+        (torch.ops.ringkern.attn_varlen, (q[0], x[0], x[0], edges, edges, *rest)),
+        (torch.ops.ringkern.merge, (q, lses)),
+        (ringkern.attn_func, (q, x, x)),
+        (ringkern.attn_varlen_func, (q[0], x[0], x[0], edges, edges)),
+        (ringkern.merge, (q, lses)),
+        (ringkern.merge, ([x[0], x[0]], [lses[0], lses[0].requires_grad_()])),
+    ):
+        with pytest.raises(UnsupportedError, match=refused):
+            call(*args)
+        with torch.no_grad():
+            call(*args)
 
 
 @pytest.mark.parametrize("splits", [1, 2])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ringkern import local, tiles
 from ringkern.backend import pick_backend
-from ringkern.errors import check
+from ringkern.errors import UnsupportedError, check
 from ringkern.packed import check_edges, whole_runs
 from ringkern.problem import check_dims, make_problem
 from ringkern.types import Problem
@@ -153,6 +153,10 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
     Returns:
         out: outs' shape without parts, in outs' dtype, computed in float32.
         lse: lses' shape without parts, float32.
+
+    Raises:
+        ArgumentError: shapes or dtypes do not fit together; nothing was computed.
+        UnsupportedError: what RINGKERN_BACKEND asks for is not to be had, or gradients are.
     """
     outs, lses = _stacked("outs", outs), _stacked("lses", lses)
     if torch.compiler.is_compiling():
@@ -170,6 +174,8 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
     want = (*outs.shape[:-3], outs.shape[-2], outs.shape[-3])
     check(tuple(lses.shape) == want, "lses", want, tuple(lses.shape))
     check(lses.device == outs.device, "lses", f"a tensor on {outs.device}", lses.device)
+    if torch.is_grad_enabled() and (outs.requires_grad or lses.requires_grad):
+        _refuse_gradients()
     return local.merge(outs, lses)
 
 
@@ -254,3 +260,15 @@ def _merge_op(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 @_merge_op.register_fake
 def _merge_shapes(outs, lses):
     return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:], dtype=torch.float32)
+
+
+def _refuse_gradients(*_, **__):
+    raise UnsupportedError(
+        "gradients: ringkern is for inference and has no backward. Call it under "
+        "torch.inference_mode() or torch.no_grad(), or pass tensors that were detached."
+    )
+
+
+# torch calls setup_context where gradients are asked for: in the call, not only in backward.
+for _op in (_attn_op, _attn_varlen_op, _merge_op):
+    _op.register_autograd(_refuse_gradients, setup_context=_refuse_gradients)

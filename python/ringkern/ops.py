@@ -1,15 +1,19 @@
-"""The Triton kernels as operators of torch: torch.ops.ringkern.*, once this module is imported.
+"""The operators of torch: all of torch.ops.ringkern.*, once this module is imported.
 
-torch.compile and torch.export trace through them: an operator is opaque, writes what its schema
-says, and returns nothing. Arguments, shapes and errors are those of the kernel of the same name;
-a step's Table and Cut are spelt out, as operators take tensors, numbers and strings alone.
-ringkern::attn, attn_varlen and merge are in attn.py.
+A process that loads an exported program needs them before, and `import ringkern` alone is lazy.
+
+Here are the Triton kernels; attn.py has ringkern::attn, attn_varlen and merge. torch.compile and
+torch.export trace through them: an operator is opaque, writes what its schema says, and returns
+nothing. Arguments, shapes and errors are those of the kernel of the same name; a step's Table and
+Cut are spelt out, as operators take tensors, numbers and strings alone.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+import ringkern.attn  # noqa: F401 - registers its operators
 
 
 @torch.library.custom_op("ringkern::step", mutates_args=("out", "lse", "result"))
