@@ -74,7 +74,9 @@ Ticket Flights::open_done() {
 
 void Flights::launch(Ticket ticket, Stream stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  Flight& flight = flights_.at(ticket);
+  const auto found = flights_.find(ticket);
+  if (found == flights_.end()) return;  // the ring has ended since, and clear() was called
+  Flight& flight = found->second;
   flight.done->record(stream);
   flight.launched = true;
   flight.waited = flight.is_run;
@@ -159,7 +161,7 @@ std::optional<Flights::Oldest> Flights::oldest() {
   auto& [ticket, flight] = *flights_.begin();
   const auto now = Clock::now();
   if (!flight.started) {
-    if (flight.ready && !flight.ready->done()) return std::nullopt;
+    if (flight.ready && !flight.captured && !flight.ready->done()) return std::nullopt;
     flight.started = now;
   }
   const auto age = now - *flight.started;

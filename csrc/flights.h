@@ -29,7 +29,8 @@ struct Flight {
   std::optional<Clock::time_point> started{};  // when it was first seen ready
   bool launched = false;
   bool waited = false;
-  bool is_run = false;  // of a graph: on the caller's own stream, and nobody waits for it
+  bool captured = false;  // into a graph: nobody may ask for its events
+  bool is_run = false;    // of a graph: on the caller's own stream, and nobody waits for it
 
   // Enters the peers and the bytes of an exchange of this rank.
   void describe(int rank, const std::vector<Send>& sends, const std::vector<Recv>& recvs);

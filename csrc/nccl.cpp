@@ -1,6 +1,7 @@
 #include "nccl.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <string>
 #include <utility>
 #include <vector>
@@ -72,9 +73,16 @@ NcclConfig make_config(const NcclLibrary& nccl, const NcclOptions& options) {
         "channels_per_net_peer: want NCCL ", nccl_version_text(NcclLibrary::kChannelsPerNetPeer),
         " or later, got ", nccl_version_text(nccl.version), ". Leave it at 0."));
   }
+  const char* const blocking = std::getenv("NCCL_COMM_BLOCKING");
+  if (blocking != nullptr && std::string(blocking) != "0") {
+    throw UnsupportedError(concat("NCCL_COMM_BLOCKING: want 0 or none, got \"", blocking,
+                                  "\": a call that blocks cannot be aborted. Unset it."));
+  }
   NcclConfig config;
   config.version = static_cast<unsigned>(std::min(nccl.version, NcclLibrary::kChannelsPerNetPeer));
   if (options.min_ctas > 0) config.min_ctas = options.min_ctas;
+  // A minimum alone is above an undefined maximum, which NCCL refuses.
+  if (options.min_ctas > 0) config.max_ctas = kMostCtas;
   if (options.max_ctas > 0) config.max_ctas = options.max_ctas;
   if (options.channels_per_net_peer > 0) {
     config.channels_per_net_peer = options.channels_per_net_peer;

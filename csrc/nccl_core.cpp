@@ -64,10 +64,10 @@ void NcclCore::connect(const NcclConfig& config, const std::function<void()>& on
   flight.peers = others();
   const Ticket connecting = flights_.open(std::move(flight));
   try {
-    const NcclId id = share_id(on_idle);
+    share_id(on_idle);
     {
       const std::lock_guard<std::mutex> calls(calls_);
-      comm_.start(world_size_, id, rank_, config);
+      comm_.start(world_size_, id_, rank_, config);
       settle(on_idle);
     }
     // A rank that is still connecting may wait for a GPU that another rank's messages keep busy.
@@ -84,18 +84,16 @@ void NcclCore::connect(const NcclConfig& config, const std::function<void()>& on
   raise();
 }
 
-NcclId NcclCore::share_id(const std::function<void()>& on_idle) {
-  NcclId id;
+void NcclCore::share_id(const std::function<void()>& on_idle) {
   if (rank_ == 0) {
     const NcclLibrary& nccl = comm_.library();
-    nccl.check(nccl.get_unique_id(&id), "ncclGetUniqueId", nullptr);
+    nccl.check(nccl.get_unique_id(&id_), "ncclGetUniqueId", nullptr);
     std::vector<Send> sends;
-    for (const int peer : others()) sends.push_back({peer, &id, sizeof(id)});
+    for (const int peer : others()) sends.push_back({peer, &id_, sizeof(id_)});
     finish_on_control(control_->exchange(sends, {}, 0), on_idle);
   } else {
-    finish_on_control(control_->exchange({}, {{0, &id, sizeof(id)}}, 0), on_idle);
+    finish_on_control(control_->exchange({}, {{0, &id_, sizeof(id_)}}, 0), on_idle);
   }
-  return id;
 }
 
 void NcclCore::meet(const std::function<void()>& on_idle) {
@@ -130,14 +128,22 @@ std::vector<int> NcclCore::others() const {
 
 Ticket NcclCore::exchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs,
                           Stream stream) {
+  if (state_ != State::kOpen) raise();
+  const bool any = !sends.empty() || !recvs.empty();
   try {
+    const Device::Use use(device_);
+    const bool captured = any && captures(stream);
+    // Before the lock, so that the watching thread can ask NCCL meanwhile.
+    if (any && !captured) make_room();
     // Not lock(): the holder may never come back, and the ring's end is for this caller too.
     std::unique_lock<std::mutex> calls(calls_, std::try_to_lock);
     while (!calls && state_ == State::kOpen) {
       std::this_thread::sleep_for(kPause);
       calls.try_lock();
     }
-    if (state_ == State::kOpen) return post(sends, recvs, stream);
+    if (state_ == State::kOpen) {
+      return any ? post(sends, recvs, stream, captured) : flights_.open_done();
+    }
   } catch (const Interrupted&) {
   } catch (const NcclError& error) {
     trouble(error);
@@ -147,15 +153,10 @@ Ticket NcclCore::exchange(const std::vector<Send>& sends, const std::vector<Recv
   raise();
 }
 
-Ticket NcclCore::post(const std::vector<Send>& sends, const std::vector<Recv>& recvs,
-                      Stream stream) {
-  if (sends.empty() && recvs.empty()) return flights_.open_done();
-  const Device::Use use(device_);
-  bool captured = false;
+Ticket NcclCore::post(const std::vector<Send>& sends, const std::vector<Recv>& recvs, Stream stream,
+                      bool captured) {
   Flight flight;
   try {
-    captured = device_.captures(stream);
-    if (!captured) make_room();
     flight = flights_.prepare();
     flight.ready->record(stream);
     flight.ready->hold(stream_->handle());
@@ -164,6 +165,8 @@ Ticket NcclCore::post(const std::vector<Send>& sends, const std::vector<Recv>& r
     throw;
   }
   flight.describe(rank_, sends, recvs);
+  flight.captured = captured;
+  if (captured) has_graphs_ = true;
   // Open before NCCL is called, so that the deadline counts when that takes long.
   const Ticket ticket = flights_.open(std::move(flight));
   comm_.post(sends, recvs, stream_->handle());
@@ -177,10 +180,23 @@ Ticket NcclCore::post(const std::vector<Send>& sends, const std::vector<Recv>& r
   return ticket;
 }
 
+bool NcclCore::captures(Stream stream) const {
+  try {
+    return device_.captures(stream);
+  } catch (const CudaError& error) {
+    if (error.is_about_stream()) device_.raise_for_stream(stream, error);
+    throw;
+  }
+}
+
 Ticket NcclCore::begin_run(Stream stream) {
   try {
     if (state_ == State::kOpen) {
       const Device::Use use(device_);
+      if (captures(stream)) {
+        throw UnsupportedError(
+            "the run of a graph: want a stream that runs, got one that captures.");
+      }
       make_room();
       Flight flight = flights_.prepare();
       flight.ready->record(stream);

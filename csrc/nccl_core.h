@@ -61,12 +61,14 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
     bool remote;
   };
 
-  NcclId share_id(const std::function<void()>& on_idle);
+  void share_id(const std::function<void()>& on_idle);
   void finish_on_control(Ticket ticket, const std::function<void()>& on_idle);
   void meet(const std::function<void()>& on_idle);
   std::vector<int> others() const;
 
-  Ticket post(const std::vector<Send>& sends, const std::vector<Recv>& recvs, Stream stream);
+  Ticket post(const std::vector<Send>& sends, const std::vector<Recv>& recvs, Stream stream,
+              bool captured);
+  bool captures(Stream stream) const;
   void make_room();
   void settle(const std::function<void()>& on_idle);
 
@@ -87,6 +89,7 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   void end(Failure failure, bool in_peace) noexcept;
   bool end_communicator(bool in_peace);
   bool flush();
+  void await_others(Clock::time_point end);
 
   // How long NCCL may take to end before nobody waits for it any more.
   Clock::duration grace() const;
@@ -95,6 +98,7 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   const int rank_;
   const int world_size_;
   const std::chrono::milliseconds timeout_, control_timeout_;
+  NcclId id_{};  // outlives control_, which may still receive it when connecting is broken off
   const std::unique_ptr<Transport> control_;
   const Device device_;
   std::unique_ptr<OwnStream> stream_;
@@ -103,6 +107,7 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
 
   std::mutex calls_;  // held while the communicator is called and the stream is given work
   NcclComm comm_;
+  std::atomic<bool> has_graphs_{false};  // exchanges were captured
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;

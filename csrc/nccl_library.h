@@ -39,7 +39,11 @@ struct NcclConfig {
   int shrink_share = kUndefined;
   int nvls_ctas = kUndefined;
   int channels_per_net_peer = kUndefined;  // 2.28.3
+  int nvlink_centric_sched = kUndefined;   // 2.28.3
 };
+// NCCL takes as many bytes as it knows of, so that padding would be read as an option.
+static_assert(sizeof(NcclConfig) == offsetof(NcclConfig, nvlink_centric_sched) +
+                                        sizeof(NcclConfig::nvlink_centric_sched));
 
 // A call of NCCL failed; `result` is its ncclResult_t.
 struct NcclError : std::runtime_error {

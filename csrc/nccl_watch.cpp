@@ -70,7 +70,8 @@ void NcclCore::look() {
   try {
     const Device::Use use(device_);
     flights_.reap();
-    comm_.settled();
+    // Who holds the communicator asks it too.
+    if (const std::unique_lock<std::mutex> calls(calls_, std::try_to_lock); calls) comm_.settled();
     check_deadline();
   } catch (const NcclError& error) {
     trouble(error);
@@ -195,10 +196,16 @@ bool NcclCore::end_communicator(bool in_peace) {
   return true;
 }
 
-// Lets what this rank sent reach the others, and ends the communicator.
+// Lets what this rank sent reach the others, and ends the communicator: false where it has not.
 bool NcclCore::flush() {
   const auto end = Clock::now() + grace();
   try {
+    if (has_graphs_) {
+      // NCCL's own end waits for the end of all graphs, which are the caller's. When all ranks are
+      // here, nothing is under way, and aborting loses nothing.
+      await_others(end);
+      return false;
+    }
     comm_.finalize();
     while (!comm_.settled()) {
       if (Clock::now() > end) return false;
@@ -208,6 +215,22 @@ bool NcclCore::flush() {
     return true;
   } catch (const NcclError&) {
     return false;
+  }
+}
+
+// Returns when all other ranks have come here too, or one is gone, or it is too late.
+void NcclCore::await_others(Clock::time_point end) {
+  std::vector<Send> sends;
+  std::vector<Recv> recvs;
+  for (const int peer : others()) {
+    sends.push_back({peer, nullptr, 0});
+    recvs.push_back({peer, nullptr, 0});
+  }
+  try {
+    const Ticket ticket = control_->exchange(sends, recvs, 0);
+    while (!control_->poll(ticket, kClosingTick) && Clock::now() < end) {
+    }
+  } catch (const TransportError&) {
   }
 }
 

@@ -58,6 +58,11 @@ void begin_capture(std::uintptr_t stream) {
   world().streams.at(reinterpret_cast<void*>(stream)).capturing = true;
 }
 
+bool captures(std::uintptr_t stream) {
+  const Lock lock(world().mutex);
+  return world().streams.at(reinterpret_cast<void*>(stream)).capturing;
+}
+
 std::vector<MakeWork> end_capture(std::uintptr_t stream) {
   const Lock lock(world().mutex);
   static_cast<void>(stream);

@@ -33,6 +33,7 @@ STUB_API bool drained(std::uintptr_t stream);
 // Does what can be done, and counts what is left on all streams.
 STUB_API std::size_t pending();
 STUB_API void begin_capture(std::uintptr_t stream);
+STUB_API bool captures(std::uintptr_t stream);
 // What was captured, in order; run_graph() puts it on a stream.
 STUB_API std::vector<MakeWork> end_capture(std::uintptr_t stream);
 STUB_API void run_graph(const std::vector<MakeWork>& graph, std::uintptr_t stream);
@@ -87,7 +88,7 @@ STUB_API std::vector<std::string> messages(int rank);
 struct Config {
   std::size_t size;
   unsigned magic, version;
-  int blocking, min_ctas, max_ctas, channels_per_net_peer;
+  int blocking, min_ctas, max_ctas, channels_per_net_peer, nvlink_centric_sched;
 };
 STUB_API Config config(int rank);
 

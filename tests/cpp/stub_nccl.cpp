@@ -42,6 +42,7 @@ struct Comm {
   stub::Config config;
   std::shared_ptr<Clique> clique;
   std::atomic<bool> aborted{false}, ended{false};
+  std::atomic<bool> in_graph{false};  // the graph is the test's, and never ends
   std::atomic<int> inside{0};
   // Under the world's mutex.
   int questions = 0;  // that are still answered with kInProgress
@@ -282,6 +283,7 @@ STUB_API int ncclCommInitRankConfig(void** handle, int ranks, UniqueId id, int r
                                     FullConfig* config) {
   ENTER("ncclCommInitRankConfig");
   if (id.bytes[127] != 'x') return kInvalidArgument;
+  if (config->minCTAs > config->maxCTAs) return kInvalidArgument;  // undefined is below all
   const std::lock_guard<std::mutex> lock(world().mutex);
   world().comms.push_back(std::make_unique<Comm>());
   Comm* const comm = world().comms.back().get();
@@ -294,7 +296,8 @@ STUB_API int ncclCommInitRankConfig(void** handle, int ranks, UniqueId id, int r
                   config->blocking,
                   config->minCTAs,
                   config->maxCTAs,
-                  config->nChannelsPerNetPeer};
+                  config->nChannelsPerNetPeer,
+                  config->nvlinkCentricSched};
   auto& joined = world().joined[comm->id];
   comm->clique = joined.empty() ? std::make_shared<Clique>() : joined.front()->clique;
   joined.push_back(comm);
@@ -306,7 +309,7 @@ STUB_API int ncclCommInitRankConfig(void** handle, int ranks, UniqueId id, int r
 STUB_API int ncclCommGetAsyncError(void* handle, int* state) {
   ENTER("ncclCommGetAsyncError");
   auto* const comm = static_cast<Comm*>(handle);
-  if (comm->ended) stub::violate("ncclCommGetAsyncError after the communicator's end");
+  const Inside inside(comm, "ncclCommGetAsyncError");
   std::function<void()> begin;
   {
     const std::lock_guard<std::mutex> lock(world().mutex);
@@ -352,6 +355,7 @@ STUB_API int ncclGroupEnd() {
   const Inside inside(comm, "ncclGroupEnd");
   ENTER("ncclGroupEnd");
   const auto stream = reinterpret_cast<std::uintptr_t>(built.stream);
+  if (stub::captures(stream)) comm->in_graph = true;
   const auto begin = [comm, parts = built.parts, stream] {
     stub::enqueue(stream, [comm, parts] { return run_group(comm, parts); });
     stub::reserve(stream, false);
@@ -373,6 +377,7 @@ STUB_API int ncclCommFinalize(void* handle) {
   auto* const comm = static_cast<Comm*>(handle);
   const Inside inside(comm, "ncclCommFinalize");
   ENTER("ncclCommFinalize");
+  if (comm->in_graph) stub::violate("ncclCommFinalize with a graph, which it waits for");
   const std::lock_guard<std::mutex> lock(world().mutex);
   comm->questions = world().progress + 1;
   return kInProgress;

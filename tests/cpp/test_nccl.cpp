@@ -95,6 +95,7 @@ TEST_CASE("the communicator does not block, its stream goes first, its options a
     CHECK(config.min_ctas == 2);
     CHECK(config.max_ctas == 8);
     CHECK(config.channels_per_net_peer == 4);
+    CHECK(config.nvlink_centric_sched == NcclConfig::kUndefined);
     CHECK(stub::latest_priority() == -5);
     CHECK(stub::latest_flags() == 1);
   });
@@ -103,6 +104,27 @@ TEST_CASE("the communicator does not block, its stream goes first, its options a
     CHECK(stub::config(rank).max_ctas == NcclConfig::kUndefined);
     CHECK(stub::config(rank).channels_per_net_peer == NcclConfig::kUndefined);
   });
+}
+
+TEST_CASE("a minimum of CTAs alone has a maximum, as NCCL wants it") {
+  NcclOptions options = nccl_options();
+  options.min_ctas = 2;
+  run_nccl(1, options, [](int rank, DeviceTransport&, Stream) {
+    CHECK(stub::config(rank).min_ctas == 2);
+    CHECK(stub::config(rank).max_ctas == 64);
+  });
+}
+
+TEST_CASE("an NCCL that is told to block is refused") {
+  const CleanStubs clean;
+  Ports refused(1), taken(1);
+  ::setenv("NCCL_COMM_BLOCKING", "1", 1);
+  CHECK_THROWS_WITH_AS(join_nccl(refused, 0, nccl_options()),
+                       doctest::Contains("NCCL_COMM_BLOCKING: want 0 or none, got \"1\""),
+                       UnsupportedError);
+  ::setenv("NCCL_COMM_BLOCKING", "0", 1);
+  join_nccl(taken, 0, nccl_options())->close();
+  ::unsetenv("NCCL_COMM_BLOCKING");
 }
 
 TEST_CASE("an older NCCL gets its own version, and refuses what it does not know") {
@@ -248,6 +270,8 @@ TEST_CASE("an exchange in a graph runs with every replay") {
         ring.exchange({{peer, out.data(), 100}}, {{peer, in.data(), 100}}, stream);
     CHECK(ring.settled() == ticket);
     CHECK(ring.wait(ticket, stream).done_ns == 0);
+    CHECK_THROWS_WITH_AS(ring.begin_run(stream), doctest::Contains("got one that captures"),
+                         UnsupportedError);
     ++captured;
     until([] { return captured == 2; });
     until_watched(4);

@@ -124,6 +124,21 @@ TEST_CASE("a call of the driver that fails ends the ring, with CUDA's name for i
   }
 }
 
+TEST_CASE("a capture from which NCCL does not come back is late, and nobody asks for its events") {
+  const CleanStubs clean;
+  const auto failures = fail_ranks({1, 300}, [](int, DeviceTransport& ring, Stream stream) {
+    int out = 1, in = 0;
+    stub::set_progress(1 << 30);
+    stub::begin_capture(stream);
+    const Failure failure =
+        failure_of([&] { ring.exchange({{0, &out, 4}}, {{0, &in, 4}}, stream); });
+    stub::end_capture(stream);
+    return failure;
+  });
+  check_all(failures, 0, Kind::kTimeout,
+            "NCCL: exchange 2 (4 bytes to and 4 bytes from this rank)");
+}
+
 TEST_CASE("an error that NCCL meets by itself ends the ring") {
   const CleanStubs clean;
   const auto failures = fail_ranks({}, [](int rank, DeviceTransport& ring, Stream stream) {
