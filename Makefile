@@ -1,6 +1,7 @@
 # Two commands set everything up on a fresh machine: `make demo` and `make test`.
 
 PYTHON ?= python3
+PYTHON_GPU ?= $(PYTHON)
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(wildcard csrc/*) CMakeLists.txt setup.py
@@ -13,8 +14,8 @@ TRITON_OLDEST := 3.6.0
 TRITON_NEWER := 3.8.0 3.9.0
 DOCTEST := $(firstword $(wildcard /usr/include/doctest/doctest.h /usr/local/include/doctest/doctest.h))
 
-.PHONY: demo test test-cpp test-gpu check format sanitize bench bench-gpu compile-check \
-    compile-check-newer compile-report wheel clean
+.PHONY: demo test test-cpp test-gpu check format sanitize bench bench-gpu install-gpu \
+    compile-check compile-check-newer compile-report wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -58,13 +59,19 @@ bench: $(VENV)/demo
 	$(BIN)/python -m bench.plot
 	$(BIN)/python -m bench.picture
 
-# On a machine with an NVIDIA GPU, and only there; what came of it is recorded in bench/results/.
-test-gpu: $(VENV)/test
-	$(BIN)/python -m bench.gpu_tests
+# On a machine with an NVIDIA GPU, and only there: with the torch and triton of PYTHON_GPU, without
+# network; what came of it is recorded in bench/results/. Of all tests, or of what ARGS names.
+test-gpu: install-gpu
+	$(PYTHON_GPU) -m bench.gpu_tests $(ARGS)
 
 # Every kernel against the card's own ceilings and what else is installed: 8 minutes at the most.
-bench-gpu: $(VENV)/test
-	$(BIN)/python -m bench.run 'gpu/*'
+bench-gpu: install-gpu
+	$(PYTHON_GPU) -m bench.run $(or $(CASE),'gpu/*')
+
+# Editable, since of a plain install a record cannot name the commit.
+install-gpu:
+	$(PYTHON_GPU) -m pip install --quiet --no-index --no-build-isolation --no-deps \
+	    --editable .
 
 # Compiles every kernel for GPUs that need not be there, and compares the machine code with
 # tests/compile_report.jsonl: under the triton of the tests and under the oldest.
