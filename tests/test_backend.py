@@ -1,16 +1,18 @@
 """backend="triton" through the public functions and the ring; what cannot run says why."""
 
 import builtins
+import collections
 import warnings
 
+import numpy as np
 import pytest
 import ringkern
 import torch
 from accelerator import DEVICE, EACH_DTYPE, ON_GPU
 from close import assert_close, assert_lse_close
-from ringkern import backend
+from ringkern import backend, local
 from ringkern.errors import ArgumentError, UnsupportedError
-from ringkern.kernels import reference, target
+from ringkern.kernels import decode, merge, pack, reference, step, target
 from ringkern.launch import launch
 from ringkern.types import Problem
 
@@ -76,13 +78,32 @@ def test_views_and_empty_calls():
     assert not out.any() and lse.isneginf().all()
 
 
-def ring_calls(worker):
-    """Return this rank's answers by each method, and how often the decode kernel ran."""
-    from ringkern.kernels import decode
+def count_launches(replace=setattr):
+    """Return a count by kernel, which grows as they are launched; steps by their phase too."""
+    launched = collections.Counter()
 
+    def count(module, name):
+        real = getattr(module, name)
+
+        def counting(*args, **options):
+            launched[f"{name} {options.get('phase', '')}".strip()] += 1
+            return real(*args, **options)
+
+        replace(module, name, counting)
+
+    count(step, "step")
+    count(decode, "decode")
+    for name in ("merge", "merge_"):
+        count(merge, name)
+    for name in ("gather", "scatter"):
+        count(pack, name)
+    return launched
+
+
+def ring_calls(worker):
+    """Return this rank's answers by each method, and how often each kernel was launched."""
     torch.manual_seed(0)
-    decodes, real = [], decode.decode
-    decode.decode = lambda *args, **options: (decodes.append(1), real(*args, **options))
+    launched = count_launches()
     lengths = {"a": 29, "b": 2}
     whole = [torch.randn(31, heads, 16) for heads in (4, 2, 2)]
     placement = ringkern.Placement(worker.world_size)
@@ -94,26 +115,31 @@ def ring_calls(worker):
         found = []
         for turn in (placement.prefill, placement.prefill, placement.decode, placement.decode):
             lengths = {"a": 5, "b": 7} if found else lengths
+            # Without a mask, few queries of other ranks would go to the decode kernel.
+            window = (9, -1) if turn == placement.prefill and found else (-1, -1)
             plan = turn(lengths if turn == placement.prefill else list(lengths))
             mine = [plan.shard(x[: plan.total], ring.rank) for x in whole]
             for layer, method in enumerate(("pass_kv", "pass_q", "gather_kv", "gather_q")):
                 out, lse = ring.attn(
-                    *mine, plan, cache=cache, layer=layer, method=method, return_lse=True
-                )
+                    *mine, plan, cache=cache, layer=layer, method=method, window_size=window,
+                    return_lse=True,
+                )  # fmt: skip
                 found.append((out, lse))
-        return found, len(decodes)
+        return found, launched
 
 
 def test_a_ring_computes_with_triton(monkeypatch):
     if ON_GPU:
-        pytest.skip("rings of GPUs are not there yet: the ring's device is the CPU")
+        pytest.skip("is about a ring on the CPU, by the interpreter; test_ring_gpu.py has GPUs")
     found = {}
     for name in ("torch", "triton"):
         monkeypatch.setenv("RINGKERN_BACKEND", name)
         found[name] = launch(ring_calls, 3, threads=1, timeout_s=300)
     for rank, (ours, theirs) in enumerate(zip(found["triton"], found["torch"], strict=True)):
-        (ours, decodes), (theirs, none) = ours, theirs
-        assert len(ours) == len(theirs) == 16 and decodes > 0 and none == 0
+        (ours, launched), (theirs, none) = ours, theirs
+        assert len(ours) == len(theirs) == 16 and not none
+        each = "step first", "step middle", "decode", "merge_", "gather", "scatter"
+        assert all(launched[kernel] for kernel in each), f"{rank=} {launched}"
         for call, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             for x, y in zip(a, b, strict=True):
                 torch.testing.assert_close(x, y, rtol=2e-6, atol=2e-6, msg=f"{rank=} {call=}")
@@ -200,19 +226,71 @@ def test_the_variable_decides_where_a_call_says_auto(monkeypatch):
 
 
 def test_float32_products_are_exact_unless_asked(monkeypatch):
-    from ringkern.kernels import step
-
+    """By the step kernel, in a call and in a ring, and by the decode kernel."""
     asked = []
-    real = step.step
-    monkeypatch.setattr(
-        step, "step", lambda *a, allow_tf32, **kw: (asked.append(allow_tf32), real(*a, **kw))
-    )
-    (q,) = draw((1, 3, 1, 16))
-    ringkern.attn_func(q, q, q, backend="triton")
+    for module, name in ((step, "step"), (decode, "decode")):
+        monkeypatch.setattr(module, name, lambda *_, allow_tf32, **__: asked.append(allow_tf32))
+    q, k = draw((1, 1, 1, 16), (1, 4, 1, 16))
+    spans = np.array([[0, 1, 0, 4, 0, 3, 1, 1]])  # a query that sees a page of keys
+
+    def call():
+        ringkern.attn_func(q, k, k, backend="triton")
+        for page_size, kind in ((None, "_Tiles"), (4, "_Decode")):
+            given = dict(rows=1, page_size=page_size)
+            work = local.prepare(spans, problem(), DEVICE, "triton", **given)
+            assert type(work).__name__ == kind
+            local.step(q, k, k, *local.make_state(q, 16), work, problem())
+
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
     try:
-        ringkern.attn_func(q, q, q, backend="triton")
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            call()
     finally:
         torch.set_float32_matmul_precision(before)
-    assert asked == [False, True]
+    assert asked == [False] * 3 + [True] * 6
+
+
+# ---- merges
+
+
+def test_merges_go_by_the_backend(monkeypatch):
+    outs, lses = draw((3, 7, 2, 16), (3, 2, 7))
+    part = outs[None, 1].bfloat16(), lses[None, 1]
+    found = {}
+    for name in ("torch", "triton"):
+        monkeypatch.setenv("RINGKERN_BACKEND", name)
+        with monkeypatch.context() as patch:
+            launched = count_launches(patch.setattr)
+            state = outs[None, 0].clone(), lses[None, 0].clone()
+            local.merge_(*state, *part)
+            found[name] = *ringkern.merge(outs, lses), *state
+        assert launched == ({"merge": 1, "merge_": 1} if name == "triton" else {})
+    torch.testing.assert_close(found["triton"], found["torch"], rtol=2e-6, atol=2e-6)
+
+
+def test_a_merge_that_triton_cannot_do_is_said_or_refused(monkeypatch):
+    """As on a GPU, whose place the CPU takes here where there is none."""
+
+    def pick(asked, device, problem):
+        return backend.pick_backend(asked, torch.device("cuda"), problem)
+
+    monkeypatch.setattr(local, "pick_backend", pick)
+    launched = count_launches(monkeypatch.setattr)
+    lses = draw((2, 1, 3))[0]
+    for headdim, dtype, words in (
+        (300, torch.float32, "headdim of at most 256, got 300"),
+        (16, torch.float64, "want float16, bfloat16, float32, got float64"),
+    ):
+        (outs,) = draw((2, 3, 1, headdim), dtype=dtype)
+        with pytest.warns(RuntimeWarning, match=f"slower, as Triton cannot: .*{words}"):
+            out, _ = ringkern.merge(outs, lses)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ringkern.merge(outs, lses)
+        torch.testing.assert_close(out, reference.merge(outs, lses.double())[0].to(dtype))
+        with monkeypatch.context() as patch:
+            patch.setenv("RINGKERN_BACKEND", "triton")
+            with pytest.raises(UnsupportedError, match=words):
+                ringkern.merge(outs, lses)
+    assert not launched

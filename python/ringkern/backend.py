@@ -12,6 +12,7 @@ from ringkern.types import Problem
 BACKENDS = ("auto", "triton", "hopper", "torch")
 OLDEST_GPU = (8, 0)
 MAX_HEADDIM = 256  # of the Triton kernels
+DTYPES = ("float16", "bfloat16", "float32")  # of theirs; torch merges float64 as well
 
 
 def pick_backend(asked: str, device: torch.device, problem: Problem | None = None) -> str:
@@ -55,6 +56,8 @@ def why_not_triton(device: torch.device, headdim: int, dtype: str) -> str:
         return f"{error}."
     if headdim > MAX_HEADDIM:
         return f'want a headdim of at most {MAX_HEADDIM}, got {headdim}. Use "torch".'
+    if dtype not in DTYPES:
+        return f'want {", ".join(DTYPES)}, got {dtype}. Use "torch".'
     if target.INTERPRET:
         wrong = dtype == "bfloat16"
         return "Triton's interpreter computes bfloat16 wrongly. Use float32." if wrong else ""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ringkern import env, tile_table
-from ringkern.backend import why_not_triton
+from ringkern.backend import pick_backend
 from ringkern.decode_table import make_decode_table
 from ringkern.errors import UnsupportedError
 from ringkern.kernels import reference, step_torch
@@ -215,7 +215,7 @@ def scatter_rows(x, slots, pool, backend: str) -> None:
 
 def merge_(out, lse, part_out, part_lse) -> None:
     """Merge a part into the running (out, lse), in place: float32; part_out in any dtype."""
-    if _on_triton(part_out):
+    if pick_backend("auto", out.device, _merging(out.shape[-1], out.dtype)) == "triton":
         from ringkern.kernels import merge as kernel
 
         kernel.merge_(out, lse, part_out, part_lse)
@@ -225,7 +225,8 @@ def merge_(out, lse, part_out, part_lse) -> None:
 
 def merge(outs, lses):
     """Return (out, lse) of all parts together; out in outs' dtype, lse float32."""
-    if outs.numel() and _on_triton(outs):
+    asked = outs.device, _merging(outs.shape[-1], outs.dtype)
+    if outs.numel() and pick_backend("auto", *asked) == "triton":
         from ringkern.kernels import merge as kernel
 
         return kernel.merge(outs.contiguous(), lses.float())
@@ -233,11 +234,11 @@ def merge(outs, lses):
     return out.to(outs.dtype), lse
 
 
-def _on_triton(outs) -> bool:
-    """Return whether merges of such parts, [..., headdim], are the Triton kernel's."""
-    dtype = str(outs.dtype).removeprefix("torch.")
-    kernel_has = dtype in ("float16", "bfloat16", "float32")
-    return outs.is_cuda and kernel_has and not why_not_triton(outs.device, outs.shape[-1], dtype)
+@functools.cache
+def _merging(headdim: int, dtype: torch.dtype) -> Problem:
+    """Return merges of parts with such rows, as pick_backend() takes them."""
+    name = str(dtype).removeprefix("torch.")
+    return Problem(1, 1, 1, headdim, headdim, name, False, 1.0, (-1, -1), 0.0)
 
 
 def _allow_tf32() -> bool:
