@@ -40,11 +40,15 @@ class HostSide : public Transport {
 // that made it.
 class Staged : public DeviceTransport {
  public:
-  Staged(std::unique_ptr<StagingCore> core, int rank, int world_size)
+  Staged(std::shared_ptr<StagingCore> core, int rank, int world_size)
       : owner_{rank, world_size}, core_(std::move(core)), host_(*core_, owner_) {}
 
   ~Staged() override {
-    if (!owner_.is_this_process()) static_cast<void>(core_.release());
+    if (owner_.is_this_process()) {
+      core_->close();
+    } else {
+      static_cast<void>(new std::shared_ptr<StagingCore>(std::move(core_)));
+    }
   }
 
   Ticket exchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs,
@@ -72,7 +76,7 @@ class Staged : public DeviceTransport {
   }
 
   const Owner owner_;
-  std::unique_ptr<StagingCore> core_;
+  std::shared_ptr<StagingCore> core_;
   HostSide host_;
 };
 
@@ -90,10 +94,10 @@ std::unique_ptr<DeviceTransport> make_staged(std::unique_ptr<Transport> wire, in
         concat(kLeastSlots, " to ", kMostSlots), options.slots);
   check(options.grace.count() > 0, "grace", "more than 0 ms", options.grace.count());
   try {
-    return std::make_unique<Staged>(
-        std::make_unique<StagingCore>(std::move(wire), rank, world_size, std::move(driver), device,
-                                      options),
-        rank, world_size);
+    const auto core = std::make_shared<StagingCore>(std::move(wire), rank, world_size,
+                                                    std::move(driver), device, options);
+    core->start();
+    return std::make_unique<Staged>(core, rank, world_size);
   } catch (const CudaError& error) {
     throw UnsupportedError(concat("GPU ", device, ": ", error.what(), "."));
   }

@@ -4,6 +4,11 @@
 #include <utility>
 
 namespace ringkern {
+namespace {
+
+constexpr std::chrono::milliseconds kIdle{100};
+
+}  // namespace
 
 StagingCore::StagingCore(std::unique_ptr<Transport> wire, int rank, int world_size,
                          std::shared_ptr<const Driver> driver, int device,
@@ -22,11 +27,9 @@ StagingCore::StagingCore(std::unique_ptr<Transport> wire, int rank, int world_si
   const auto ranks = static_cast<std::size_t>(world_size);
   outs_.resize(ranks);
   ins_.resize(ranks);
-  start();
 }
 
 StagingCore::~StagingCore() {
-  close();
   if (!gear_) return;
   try {
     const Device::Use use(device_);
@@ -233,7 +236,12 @@ void StagingCore::close() {
     poked_ = true;
     wake_.notify_one();
   }
-  if (thread_.joinable()) thread_.join();
+  std::unique_lock<std::mutex> lock(mutex_);
+  const auto stuck = [this] { return over_ && Clock::now() - over_since_ > options_.grace; };
+  while (thread_.joinable() && !gone_ && !stuck()) changed_.wait_for(lock, kIdle);
+  const bool gone = gone_;
+  lock.unlock();
+  if (thread_.joinable()) gone ? thread_.join() : thread_.detach();
   wire_->close();
 }
 

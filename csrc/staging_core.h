@@ -31,12 +31,17 @@ namespace ringkern {
 // The lanes and what they work with are the thread's alone. A flight is open until it is through,
 // which is when its last copy to the GPU is on the stream and the wire has its sends; and then in
 // flight until the GPU has passed that copy.
-class StagingCore {
+//
+// The thread shares the ownership: to free pinned memory waits for all of the GPU's work, others'
+// too, and when that never ends the thread is left behind with all that it frees.
+class StagingCore : public std::enable_shared_from_this<StagingCore> {
  public:
   StagingCore(std::unique_ptr<Transport> wire, int rank, int world_size,
               std::shared_ptr<const Driver> driver, int device, const StagingOptions& options);
   ~StagingCore();
 
+  // To be called once, before anything else.
+  void start();
   // The entries have been checked.
   Ticket exchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs, Stream stream);
   // On the wire, behind all pieces of earlier exchanges.
@@ -67,7 +72,6 @@ class StagingCore {
   [[noreturn]] void raise();
 
   // The thread's.
-  void start();
   void run() noexcept;
   void work();
   bool take_posted();
@@ -110,6 +114,8 @@ class StagingCore {
   bool poked_ = false;
   bool leaving_ = false;
   bool over_ = false;  // nothing touches a caller's buffer any more, or nobody can say
+  bool gone_ = false;  // the thread
+  Clock::time_point over_since_;
 
   std::mutex closing_;
   bool closed_ = false;

@@ -37,7 +37,7 @@ void StagingCore::start() {
   sigset_t all, before;
   ::sigfillset(&all);
   ::pthread_sigmask(SIG_SETMASK, &all, &before);
-  thread_ = std::thread([this] { run(); });
+  thread_ = std::thread([self = shared_from_this()] { self->run(); });
   ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
   ::pthread_setname_np(thread_.native_handle(), "ringkern-stage");
 }
@@ -56,6 +56,9 @@ void StagingCore::run() noexcept {
     failure.text += whereabouts();
     end(std::move(failure));
   }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  gone_ = true;
+  changed_.notify_all();
 }
 
 void StagingCore::work() {
@@ -199,16 +202,26 @@ void StagingCore::end(Failure failure) {
     changed_.notify_all();
   }
   const auto end = Clock::now() + options_.grace;
+  bool drained = false;
   try {
     const Device::Use use(device_);
-    while (!idle() && Clock::now() < end) std::this_thread::sleep_for(kDrainPause);
-    if (idle()) release();
+    while (!(drained = idle()) && Clock::now() < end) std::this_thread::sleep_for(kDrainPause);
+    if (drained) flights_.clear();
   } catch (const CudaError&) {
     // The context is gone, and with it all of its work.
   }
-  const std::lock_guard<std::mutex> lock(mutex_);
-  over_ = true;
-  changed_.notify_all();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    over_ = true;
+    over_since_ = Clock::now();
+    changed_.notify_all();
+  }
+  if (!drained) return;
+  try {
+    const Device::Use use(device_);
+    release();
+  } catch (const CudaError&) {
+  }
 }
 
 bool StagingCore::idle() const {
@@ -216,7 +229,6 @@ bool StagingCore::idle() const {
 }
 
 void StagingCore::release() {
-  flights_.clear();
   outs_.clear();
   ins_.clear();
   gear_.reset();

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <mutex>
+#include <thread>
 
 #include "stub_driver.h"
 #include "stub_gpu.h"
@@ -57,6 +58,8 @@ void begin_capture(std::uintptr_t stream) {
   const Lock lock(world().mutex);
   world().streams.at(reinterpret_cast<void*>(stream)).capturing = true;
 }
+
+void hold_frees(bool held) { frees_held = held; }
 
 bool captures(std::uintptr_t stream) {
   const Lock lock(world().mutex);
@@ -327,6 +330,7 @@ STUB_API int cuMemHostAlloc(void** memory, std::size_t nbytes, unsigned) {
 }
 
 STUB_API int cuMemFreeHost(void* memory) {
+  while (frees_held) std::this_thread::yield();
   const Lock lock(world().mutex);
   auto* const pinned = static_cast<char*>(memory);
   const auto found = world().pinned.find(pinned);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <deque>
 #include <iterator>
 #include <map>
@@ -52,6 +53,7 @@ World& world() {
 
 thread_local std::vector<void*> contexts;
 thread_local int capture_mode = 0;  // global
+std::atomic<bool> frees_held{false};
 
 void* const kContext = reinterpret_cast<void*>(0x77);
 

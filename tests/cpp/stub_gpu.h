@@ -42,6 +42,8 @@ STUB_API void reserve(std::uintptr_t stream, bool reserved);
 // Calls that the driver forbids, in words.
 STUB_API std::vector<std::string> driver_violations();
 STUB_API void violate(const std::string& words);
+// While held, cuMemFreeHost does not return, as it waits for all of the GPU's work.
+STUB_API void hold_frees(bool held);
 // So many more copies of this kind, "DtoH", "HtoD" or "DtoD", run, and then none; -1: all.
 STUB_API void let_copies(const std::string& kind, int count);
 

@@ -273,6 +273,28 @@ TEST_CASE("a GPU that does not end its copies keeps nobody waiting, and the buff
   CHECK(std::chrono::steady_clock::now() - start < milliseconds(5000));
 }
 
+TEST_CASE("pinned memory that cannot be freed, as others keep the GPU busy, keeps nobody waiting") {
+  const CleanStaged clean;
+  const auto start = std::chrono::steady_clock::now();
+  const auto failures = fail_ranks({3, 20000, 200}, [](const StagedRank& it) {
+    const int next = (it.rank + 1) % 3, prev = (it.rank + 2) % 3;
+    Buffer out(1000), in(1000);
+    it.ring.wait(it.ring.exchange({{next, out.data(), 1000}}, {{prev, in.data(), 1000}}, it.stream),
+                 it.stream);
+    sync(it.stream);
+    it.meet();
+    stub::hold_frees(true);
+    if (it.rank == 1) it.ring.abort("had enough");
+    return idle_until_failure(it);
+  });
+  check_all(failures, 1, Kind::kTransport, "rank 1 of 3 was aborted: had enough");
+  CHECK(std::chrono::steady_clock::now() - start < milliseconds(10000));
+  CHECK(stub::pinned_alive() > 0);
+  stub::hold_frees(false);
+  // The threads that were left behind give back what they kept.
+  until([] { return stub::contexts_retained() == 0; });
+}
+
 TEST_CASE("a GPU that cannot be used is refused; a new ring works afterwards") {
   for (const char* function : {"cuDevicePrimaryCtxRetain", "cuStreamCreateWithPriority"}) {
     const CleanStaged clean;
