@@ -1,6 +1,7 @@
 """Measures kernel configurations on this GPU and writes the best into kernels/configs.py.
 
-Only rows for this family of architectures change. python -m bench.tune --help.
+Only rows for this family of architectures change; what is found is written key by key, so that a
+run that is cut off keeps it. python -m bench.tune --help.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = _chosen(args.keys, family)
     if not chosen:
         parser.error(f"KEY: want globs that --list shows, got {', '.join(args.keys)}")
-    found = {}
+    writes, before, found = not (args.dry_run or args.quick), SOURCE.read_text(), {}
     for key in chosen:
         jobs = [(key, config, args.quick) for config in candidates(key, family, args.quick)]
         trials = []
@@ -80,7 +81,10 @@ def main(argv: list[str] | None = None) -> int:
         best = tune_table.choose(trials, tune_table.taken(_table(), family, key))
         if best is not None:
             found[key] = best
-    return _write(family, found, args)
+        if writes:
+            _write(family, found)
+    _tell(before, family, found, args)
+    return 0
 
 
 def here() -> str:
@@ -103,18 +107,21 @@ def _chosen(patterns, family):
     ]
 
 
-def _write(family, found, args) -> int:
+def _write(family, found):
     source = SOURCE.read_text()
     renewed = tune_table.renew_source(source, family, found)
-    if args.dry_run or args.quick:
-        to = sys.stderr if args.json else sys.stdout
-        print(tune_table.TABLE.search(renewed)[0], end="", file=to)
-    elif renewed != source:
+    if renewed != source:
         SOURCE.write_text(renewed)
+
+
+def _tell(before, family, found, args):
+    if args.dry_run or args.quick:
+        table = tune_table.TABLE.search(tune_table.renew_source(before, family, found))[0]
+        print(table, end="", file=sys.stderr if args.json else sys.stdout)
+    elif SOURCE.read_text() != before:
         print("kernels/configs.py written; now `make compile-report`", file=sys.stderr)
     else:
         print("kernels/configs.py has the best already", file=sys.stderr)
-    return 0
 
 
 def _line(key, trial, as_json):

@@ -169,6 +169,41 @@ def test_tuning_through_the_command(monkeypatch, capsys):
     assert "dry_run: want `ringkern bench tune`" in capsys.readouterr().err
 
 
+class CutOffError(Exception):
+    """What ends a run from outside."""
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["", "dry run"])
+def test_a_run_that_is_cut_off_keeps_what_it_found(options, monkeypatch, tmp_path, capsys):
+    source, before, best = tmp_path / "configs.py", tune.SOURCE.read_text(), {}
+    source.write_text(before)
+    keys = tune_table.keys(configs.TABLE.lstrip("\n"), tune.here())[:3]
+
+    def in_children(jobs, work):
+        (key, present, _), *_, (_, last, _) = jobs
+        if key == cut_off_at:
+            raise CutOffError
+        best[key] = last
+        return [Trial(present, (2.0,)), Trial(last, (1.0,))]
+
+    def written():
+        return before if options else tune_table.renew_source(before, tune.here(), best)
+
+    monkeypatch.setattr(tune, "SOURCE", source)
+    monkeypatch.setattr(tune, "in_children", in_children)
+    monkeypatch.setattr(gpu, "why_not", lambda quick=False: None)
+    cut_off_at = keys[2]
+    with pytest.raises(CutOffError):
+        tune.main([*map(str, keys), *options])
+    assert len(best) == 2 and source.read_text() == written()
+    cut_off_at = None
+    assert tune.main([*map(str, keys), *options]) == 0
+    assert len(best) == 3 and source.read_text() == written()
+    printed = capsys.readouterr()
+    assert printed.out.count("kernel  family") == len(options), "once, at the end"
+    assert printed.err.count("kernels/configs.py written") == 1 - len(options)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_tuning_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
