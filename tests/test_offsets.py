@@ -30,6 +30,14 @@ def leave_untouched(monkeypatch):
     monkeypatch.setattr(torch.UntypedStorage, "copy_", copy_other)
 
 
+@pytest.fixture(autouse=True)
+def give_back():
+    """Leave the GPU's memory to the tests that follow, and to other processes."""
+    yield
+    if ON_GPU:
+        torch.cuda.empty_cache()
+
+
 def room(span, dtype):
     """Return zeros: `span` of them from number BEFORE on."""
     size = (BEFORE + span) * dtype.itemsize
