@@ -69,9 +69,13 @@ def tiles_to_fill(cut: Cut, batch: int, nheads: int, processors: int) -> int:
     return triton.cdiv(2 * processors, max(batch * (nheads // cut.group), 1))
 
 
-def make_table(tile_table, cut: Cut, device) -> Table:
-    """Return a ringkern.tile_table.TileTable, of cut.block_q and cut.block_n, on a device."""
-    tiles, pieces = (torch.from_numpy(x).to(device) for x in (tile_table.tiles, tile_table.pieces))
+def make_table(tile_table, cut: Cut, device, put=None) -> Table:
+    """Return a ringkern.tile_table.TileTable, of cut.block_q and cut.block_n, on a device.
+
+    put: put(array, device) copies an array there. None: a copy that waits for the device.
+    """
+    put = put or (lambda array, device: torch.from_numpy(array).to(device))
+    tiles, pieces = (put(x, device) for x in (tile_table.tiles, tile_table.pieces))
     # No two tiles share rows, so where one ends and another begins is no border of a run.
     rows = np.setxor1d(tile_table.tiles[:, 0], tile_table.tiles[:, 1])
     return Table(tiles, pieces, tile_table.splits, tuple(rows.tolist()), cut)

@@ -153,6 +153,16 @@ def test_calibration_gives_every_rank_the_same():
     assert profiles[0].link_gb_s > 0 and len(profiles[0].attend_tflops) == len(calibrate.SHAPES)
 
 
+def meet_elsewhere(ring):
+    with torch.device("meta"):
+        return ring.gather_int(ring.rank), calibrate.measure(ring, 0.1).link_gb_s
+
+
+def test_the_host_s_tables_are_the_host_s_whatever_the_default_device():
+    for ranks, link_gb_s in run_threads(meet_elsewhere, 3):
+        assert ranks == [0, 1, 2] and link_gb_s > 0
+
+
 def test_a_rank_alone_is_not_slowed_by_others():
     """Ranks that share cores: who works while the others have nothing to do is faster."""
     crowded = Hardware(((1, 1.0), (4096, 100.0)), 1e-6, 1e9, 26.0, 20.0)

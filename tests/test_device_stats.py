@@ -48,6 +48,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -103,6 +104,17 @@ def test_only_what_was_passed_is_settled_on_the_way(gpu):
     assert stats.to_dict()["calls"] == 1
 
 
+def test_nothing_is_asked_during_a_capture(gpu, monkeypatch):
+    """Of marks before it, as asking would end it: also where so many wait that some are entered."""
+    stats = DeviceStats(torch.device("cuda", 0))
+    call(stats, 1)
+    monkeypatch.setattr(FakeEvent, "query", lambda self: pytest.fail("asked during a capture"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for _ in range(400):
+        call(stats, 2)
+    assert len(stats._waiting) > 2000
+
+
 def test_a_graph_has_no_marks(gpu, monkeypatch):
     stats = DeviceStats(torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -111,6 +123,7 @@ def test_a_graph_has_no_marks(gpu, monkeypatch):
         assert stream == gpu.cuda_stream
     assert not gpu.waited
     assert stats.to_dict()["calls"] == 1
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with stats.aside():
         pass

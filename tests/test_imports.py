@@ -25,7 +25,7 @@ ALLOWED = {
     "profile": {"errors", "types"},
     "env": {"errors"},
     "stats": set(),
-    "device_stats": {"stats"},
+    "device_stats": {"capture", "stats"},
     "clock": set(),
     "trace": {"clock", "stats"},
     "tracer": {"errors", "env", "clock", "stats", "trace"},
@@ -36,6 +36,7 @@ ALLOWED = {
     "ops": {"attn", "kernels"},
     "local": {
         "backend",
+        "capture",
         "decode_table",
         "env",
         "errors",
@@ -64,9 +65,10 @@ ALLOWED = {
     },
     "agreement": {"errors", "plan", "types"},
     "collectives": {"agreement", "errors"},
+    "capture": set(),
     "upload": set(),
     "program": {"blocks", "local", "plan", "types"},
-    "programs": {"blocks", "errors", "plan", "program", "schedule", "tiles"},
+    "programs": {"blocks", "capture", "errors", "plan", "program", "schedule", "tiles"},
     "blocks": {"cost", "plan", "types"},
     "cache": {
         "backend",

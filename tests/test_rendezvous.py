@@ -10,7 +10,7 @@ import pytest
 import ringkern
 import torch
 import torch.distributed as dist
-from ringkern import profile
+from ringkern import profile, rendezvous
 from ringkern.launch import launch, run_ranks
 from threads import HARDWARE
 
@@ -18,6 +18,16 @@ from threads import HARDWARE
 def ring_sum(ring):
     """Return the sum of all ranks plus one: what every rank must get."""
     return sum(ring.gather_int(ring.rank + 1))
+
+
+@pytest.mark.parametrize("backend, where", [("nccl", "cuda:3"), ("gloo", "cpu")])
+def test_a_process_group_meets_on_the_ring_s_device(monkeypatch, backend, where):
+    """Over NCCL the current device may be another rank's."""
+    monkeypatch.setattr(dist, "get_backend", lambda group: backend)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 3)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 4)
+    meeting = rendezvous.GroupRendezvous(None, 1.0, torch.device("cuda", 3))
+    assert meeting._device == torch.device(where)
 
 
 SCRIPT = """

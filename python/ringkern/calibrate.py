@@ -6,6 +6,7 @@ import math
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ringkern import local, tiles
@@ -112,7 +113,7 @@ def _attention(ring, rows, keys, problem):
     sizes = [math.prod(shape) for shape in (k_shape, v_shape)]
     layers = max(1, COLD_BYTES // (sum(sizes) * dtype.itemsize))
     pool = itertools.cycle(torch.ones(layers, sum(sizes), **here).split(1))
-    run = torch.tensor([[0, 0, 0, rows, 1]]).numpy(), torch.tensor([[0, 0, 0, keys, 1]]).numpy()
+    run = (np.array([[0, 0, 0, count, 1]], dtype=np.int64) for count in (rows, keys))
     spans = tiles.make_spans(*run, tiles.UNBOUNDED, tiles.UNBOUNDED)
     work = local.prepare(spans, problem, ring.device, ring.backend(problem), rows=rows)
     state = local.make_state(q, problem.headdim_v)

@@ -21,7 +21,7 @@ class Collectives:
 
     def gather_int(self, mine: int) -> list[int]:
         """Return the int that every rank passed."""
-        parts = self.gather(torch.tensor([mine]), [(1,)] * self.world_size)
+        parts = self.gather(torch.tensor([mine], device="cpu"), [(1,)] * self.world_size)
         return [int(part) for part in parts]
 
     def barrier(self) -> None:

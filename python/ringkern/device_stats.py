@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from ringkern.capture import captures
 from ringkern.stats import Call, Event, Stats
 
 _CROWD = 1024  # entries that may wait for the GPU before it is asked which it has passed
@@ -31,7 +32,7 @@ class DeviceStats:
 
         A graph has no marks: while one is captured, the time of the host.
         """
-        if torch.cuda.is_current_stream_capturing():
+        if captures(self._device):
             return time.monotonic_ns()
         mark = torch.cuda.Event(enable_timing=True)
         mark.record(torch.cuda.current_stream(self._device))
@@ -41,7 +42,7 @@ class DeviceStats:
     def aside(self):
         """Give a stream for what the current one is to wait for; now() marks its end there."""
         current = torch.cuda.current_stream(self._device)
-        if torch.cuda.is_current_stream_capturing():
+        if captures(self._device):
             yield current.cuda_stream
             return
         with torch.cuda.stream(self._beside):
@@ -60,7 +61,8 @@ class DeviceStats:
 
     def end(self) -> None:
         self._waiting.append(("end", [self.now()], ()))
-        if len(self._waiting) >= _CROWD:
+        # To ask for an event would end a capture, for another stream's as well.
+        if len(self._waiting) >= _CROWD and not captures(self._device):
             self._settle(wait=False)
 
     # ---- afterwards, as Stats has them

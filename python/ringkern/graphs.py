@@ -55,7 +55,9 @@ class DecodeGraphs:
         check(callable(step), "step", "a function of a plan", type(step).__name__)
         self._ring, self._cache, self._step = ring, cache, step
         self._shapes: dict[tuple, _Shape] = {}
-        self._memory = None  # the graphs', which one run after another
+        # The graphs', which run one after another.
+        self._memory = self._stream = None
+        ring.graphs.add(self)
 
     def run(self, plan: Plan):
         """Return what step(plan) returns; tensors of a graph hold it until the next run.
@@ -86,12 +88,23 @@ class DecodeGraphs:
 
     def capture(self, step):
         """Return (what step() returns, a function that does its work again) without doing it."""
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            result = step()
+        device = self._ring.device
+        with torch.cuda.device(device):
+            if self._memory is None:
+                self._memory = torch.cuda.graph_pool_handle()
+                # torch's own is of whatever device captured first.
+                self._stream = torch.cuda.Stream(device)
+            graph = torch.cuda.CUDAGraph()
+            # NCCL and the watching thread do on other threads what "global" forbids these.
+            options = dict(stream=self._stream, capture_error_mode="thread_local")
+            with torch.cuda.graph(graph, pool=self._memory, **options):
+                result = step()
         return result, graph.replay
+
+    def clear(self) -> None:
+        """Forget all graphs: a communicator does not end while one has its exchanges."""
+        self._shapes.clear()
+        self._memory = self._stream = None
 
     def _key(self, plan: Plan) -> tuple:
         """Return what is the same of plans of a shape, on every rank."""

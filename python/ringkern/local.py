@@ -8,6 +8,7 @@ import torch
 
 from ringkern import env, tile_table
 from ringkern.backend import pick_backend
+from ringkern.capture import captures
 from ringkern.decode_table import make_decode_table
 from ringkern.errors import UnsupportedError
 from ringkern.kernels import reference, step_torch
@@ -106,7 +107,7 @@ def prepare(
     table = tile_table.make_tiles(
         spans, how.block_q, how.block_n, rows=whole, fill=fill, splits=fixed
     )
-    return _Tiles(cut.make_table(table, how, device), phase)
+    return _Tiles(cut.make_table(table, how, device, upload), phase)
 
 
 def _fixed_table(spans, rows: int, page_size: int | None):
@@ -184,6 +185,11 @@ def attend(q, k, v, spans: np.ndarray, problem: Problem, sinks, backend: str):
         return out.to(q.dtype), lse
     from ringkern.kernels import step as kernel
 
+    if captures(q.device):  # its tables would be the capture's, and gone when the graph runs
+        raise UnsupportedError(
+            "attention in a CUDA graph: want a ring's call, whose tables stay, got one on its own. "
+            "Use ringkern.DecodeGraphs, or call it outside of the graph."
+        )
     work = prepare(spans, problem, q.device, backend, rows=seqlen_q, phase="only")
     out = q.new_empty(batch, seqlen_q, nheads, problem.headdim_v)
     lse = q.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)

@@ -50,11 +50,13 @@ def make_mesh(
         torch.cuda.set_device(device)  # as DeviceMesh would, where the program has chosen none
     if places is None:
         mine = topology.here(device).to_record()
-        every = GroupRendezvous(None, timeout_s).all_gather(mine)
+        every = GroupRendezvous(None, timeout_s, device).all_gather(mine)
         places = [Place.from_record(record) for record in every]
     world_size = dist.get_world_size()
     check(len(places) == world_size, "places", f"one for each of {world_size} ranks", len(places))
-    return DeviceMesh(device.type, torch.tensor(arrange(places, tp)), mesh_dim_names=("cp", "tp"))
+    return DeviceMesh(
+        device.type, torch.tensor(arrange(places, tp), device="cpu"), mesh_dim_names=("cp", "tp")
+    )
 
 
 def arrange(places: Sequence[Place], tp: int) -> list[list[int]]:

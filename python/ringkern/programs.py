@@ -5,6 +5,7 @@ import contextlib
 import torch
 
 from ringkern.blocks import Pool
+from ringkern.capture import captures
 from ringkern.errors import UnsupportedError, check
 from ringkern.plan import Plan
 from ringkern.program import Program
@@ -38,13 +39,13 @@ class Programs:
         programs = self._latest if self._fixed is None else self._fixed
         key = method, problem, getattr(cache, "number", None), partial_dtype
         program = programs.get(key)
-        captures = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        captured = captures(self._device)
         if program is None:
             hint = "Make the same call with this plan once before the capture."
-            check(not captures, "plan", "one that has run, for a CUDA graph", "a new one", hint)
+            check(not captured, "plan", "one that has run, for a CUDA graph", "a new one", hint)
             program = self._make(plan, method, problem, cache, dtype, partial_dtype)
             programs[key] = program
-        if captures and program not in self._captured:
+        if captured and program not in self._captured:
             self._captured.append(program)
         return program
 

@@ -26,14 +26,15 @@ RECORD_BYTES = 2048
 class GroupRendezvous:
     """Ranks of a torch.distributed process group."""
 
-    def __init__(self, group, timeout_s: float):
+    def __init__(self, group, timeout_s: float, device: torch.device):
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._group, self._timeout_s = group, timeout_s
+        # The program need not have made this rank's GPU the current device.
+        self._device = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
 
     def all_gather(self, record: dict) -> list[dict]:
         """Return every rank's record."""
-        device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
-        mine = torch.frombuffer(bytearray(_pack(record)), dtype=torch.uint8).to(device)
+        mine = torch.frombuffer(bytearray(_pack(record)), dtype=torch.uint8).to(self._device)
         theirs = [torch.empty_like(mine) for _ in range(self.world_size)]
         doing = f"rank {self.rank} of {self.world_size}: meeting the ranks of the process group"
         with _NamedErrors(f"{doing} (timeout {self._timeout_s:g} s)"):
@@ -109,10 +110,11 @@ class _NamedErrors:
         ) from error
 
 
-def meet(group, timeout_s: float, number: int):
+def meet(group, timeout_s: float, number: int, device: torch.device):
     """Return the rendezvous of a process group, a 1-D DeviceMesh, or torchrun's environment.
 
     number: which ring of this process it is; rings of a job are told apart by it.
+    device: this rank's, which a process group over NCCL meets by.
     """
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return StoreRendezvous(timeout_s, number)
@@ -125,7 +127,7 @@ def meet(group, timeout_s: float, number: int):
     ok = group is None or isinstance(group, dist.ProcessGroup)
     want = "a ProcessGroup, a 1-D DeviceMesh, a LocalGroup's member or None"
     check(ok, "group", want, type(group).__name__)
-    return GroupRendezvous(group, timeout_s)
+    return GroupRendezvous(group, timeout_s, device)
 
 
 def _pack(record: dict) -> bytes:

@@ -1,5 +1,7 @@
 """The ring: checks a call, chooses its method, and runs its program over the transport."""
 
+import weakref
+
 import torch
 
 from ringkern import calibrate, env, local
@@ -42,6 +44,7 @@ class Ring(Collectives):
         self._tracer = make_tracer(transport.host, self._stats)
         self.order = transport.order or tuple(range(self.world_size))
         self.programs = Programs(self.rank, device, self.backend, self.order)
+        self.graphs = weakref.WeakSet()  # the DecodeGraphs of this ring
         self.compares_arguments = env.flag("RINGKERN_CHECK")
         self._closed = False
 
@@ -320,6 +323,8 @@ class Ring(Collectives):
             self._closed = True
             if self._tracer:
                 self._tracer.finish()
+            for graphs in list(self.graphs):
+                graphs.clear()
             self.drop_buffers()
             self._link.close()
 

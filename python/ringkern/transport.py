@@ -65,7 +65,7 @@ def _open(group, transport, device: torch.device, timeout_s, secret, number, ali
         "RINGKERN_TRACE": env.trace() is not None,
     }
     facts = Facts(alike, topology.here(device).to_record() | gpu.describe(device))
-    meeting = meet(group, timeout_s, number)
+    meeting = meet(group, timeout_s, number, device)
     every = exchange_facts(meeting, secret, facts)
     on_nccl = device.type == "cuda" and gpu.takes_nccl(transport, every)
     wire_s = timeout_s / 2 if on_nccl else timeout_s
