@@ -4,8 +4,10 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -26,9 +28,15 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
-        subprocess.run(["cmake", "--install", build, "--prefix", target], check=True)
+        # Without build isolation nobody puts this environment's own cmake and ninja on the path.
+        path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+        for command in (
+            configure,
+            ["cmake", "--build", build],
+            ["cmake", "--install", build, "--prefix", target],
+        ):
+            found = shutil.which("cmake", path=path) or "cmake"
+            subprocess.run([found, *command[1:]], check=True, env=os.environ | {"PATH": path})
 
 
 setup(
