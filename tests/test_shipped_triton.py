@@ -60,16 +60,16 @@ def make_steps():
     bf16, fp16, fp32 = "bfloat16", "float16", "float32"
     dims = [(d, d) for d in (64, 80, 96, 128, 192, 256)] + [(192, 128), (64, 128)]
     some = [(64, 64), (128, 128), (256, 256)]
-    for dtype, sizes in ((bf16, dims), (fp16, some), (fp32, some)):
-        yield from (StepCase(dtype, *d, phase) for d in sizes for phase in PHASES)
-    for d, phase in itertools.product(some, ("middle", "only")):
+    two = "middle", "only"  # a step that has a state to read, and one that has none
+    for dtype, sizes, phases in ((bf16, dims, PHASES), (fp16, some, two), (fp32, some, PHASES)):
+        yield from (StepCase(dtype, *d, phase) for d in sizes for phase in phases)
+    for d, phase in itertools.product(some, two):
         yield StepCase(bf16, *d, phase, softcap=3.0)
         yield StepCase(fp32 if d[0] == 64 else bf16, *d, phase, splits=3)
     # Few queries, whose heads share tiles of 16, 32 and 64 rows.
-    short = [(bf16, d, tokens) for d in some[1:] for tokens in (2, 4, 8)]
-    short += [(fp32, d, 2) for d in some] + [(fp32, some[0], 4)]
-    for (dtype, d, tokens), phase in itertools.product(short, ("middle", "only")):
-        yield StepCase(dtype, *d, phase, tokens, group=8)
+    for d, tokens in itertools.product(some, (2, 4, 8)):
+        yield from (StepCase(bf16, *d, phase, tokens, group=8) for phase in two)
+        yield StepCase(fp32, *d, "middle", tokens, group=8)
 
 
 def make_decodes():
@@ -242,6 +242,22 @@ def test_every_row_is_run(arch):
     assert rows("step", [(*x[1:3], x.dtype, x.phase) for x in STEPS]) == rows("step", steps)
     for kernel, cases in (("decode", DECODES), ("merge", MERGES)):
         assert rows(kernel, [(x.headdim, x.headdim, x.dtype) for x in cases]) == rows(kernel, sizes)
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 100])
+def test_every_cut_is_run(arch):
+    """Of many queries, and of so few that the heads of a group share tiles of 16 to 64 rows."""
+
+    def cuts(cases):
+        return {
+            choose_cut(x.group * NHEADS_K, NHEADS_K, *x[1:3], x.dtype, arch, x.tokens, x.phase)
+            for x in cases
+        }
+
+    short = itertools.product(configs.DTYPES, range(1, 257), PHASES, (2, 4, 8))
+    asked = [StepCase(dtype, d, d, phase, tokens, group=8) for dtype, d, phase, tokens in short]
+    missing = cuts(asked) - cuts(STEPS)
+    assert not missing, sorted(missing)
 
 
 # ---- the same code on tiles that the interpreter can take
