@@ -1,6 +1,6 @@
 """Every tile shape that ships, on a GPU it ships for, at lengths around the tile's borders.
 
-The interpreter takes half an hour for them, and all of it without bfloat16. Where there is no GPU,
+The interpreter has no bfloat16 and takes up to two minutes for one of them. Where there is no GPU,
 a table of small rows stands in for the one that ships, and a few cases of each kernel run through
 the same code.
 """
