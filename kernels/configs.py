@@ -1,12 +1,13 @@
 """How kernels are cut for a GPU: block sizes, warps and pipeline stages, as a table.
 
-Pure: no torch, no device. tests/compile_report.py proves each row that a kernel's variants()
-name; what a row must hold is no spills and shared memory within SHARED_BYTES.
+Pure: no torch, no device. What a row must hold is no spills and shared memory within SHARED_BYTES:
+tests/compile_report.py proves it of every row that a launch can reach, in each phase.
 """
 
 import functools
 from typing import NamedTuple
 
+PHASES = ("first", "middle", "last", "only")  # of the step kernel
 DTYPES = {"float16": 16, "bfloat16": 16, "float32": 32}
 MAX_HEADDIM = 256
 # Family of architectures -> bytes of shared memory that one block may have.
@@ -22,7 +23,9 @@ step    sm_90   16    64       *       128      128      8          3
 step    sm_90   16    128      first   128      128      8          2
 step    sm_90   16    128      middle  128      128      8          2
 step    sm_90   16    128      *       128      64       8          3
-step    sm_90   16    256      *       64       64       8          2
+step    sm_90   16    256      first   64       64       8          2
+step    sm_90   16    256      middle  64       64       8          2
+step    sm_90   16    256      *       64       32       8          2
 step    sm_100  16    128      *       128      64       8          3
 step    sm_100  16    256      *       64       32       8          2
 step    sm_80   16    64       *       128      64       8          3
@@ -44,7 +47,7 @@ step    sm_90   32    256      *       16       16       16         2
 step    sm_100  32    256      *       16       16       8          2
 step    *       32    256      *       16       32       8          2
 decode  *       16    128      *       32       64       4          3
-decode  *       16    256      *       32       32       8          2
+decode  *       16    256      *       16       32       8          2
 decode  *       32    128      *       16       16       4          2
 decode  *       32    256      *       16       16       4          2
 merge   *       16    128      *       16       0        4          1
@@ -53,6 +56,25 @@ merge   *       32    128      *       16       0        4          1
 merge   *       32    256      *       8        0        4          1
 pack    *       32    256      *       4        0        4          1
 """
+
+# Tiles of fewer rows than TABLE's, where there are no more queries: of up to block_m.
+SHORT_TABLE = """
+kernel  family  bits  headdim  phase   block_m  block_n  num_warps  num_stages
+step    *       16    128      *       16       64       4          2
+step    *       16    128      *       32       64       4          2
+step    *       16    128      *       64       64       8          3
+step    *       16    256      *       16       32       4          2
+step    *       16    256      *       32       32       4          2
+step    *       32    64       *       16       32       4          2
+step    *       32    64       *       32       32       4          2
+step    *       32    128      *       16       16       4          2
+step    *       32    256      *       16       16       4          2
+"""
+
+
+# That a thread may have. Left alone, ptxas spills some where that fits one more program on a
+# processor; of 4 warps, two fit with all of them.
+MOST_REGISTERS = 255
 
 
 class Config(NamedTuple):
@@ -80,7 +102,11 @@ def _parse(line):
     return Row(kernel, family, int(bits), int(headdim), phase, Config(*map(int, config)))
 
 
-ROWS = tuple(_parse(line) for line in TABLE.strip().splitlines()[1:])
+def _parse_table(table):
+    return tuple(_parse(line) for line in table.strip().splitlines()[1:])
+
+
+ROWS, SHORT_ROWS = _parse_table(TABLE), _parse_table(SHORT_TABLE)
 
 
 def family(arch: int) -> str:
@@ -94,25 +120,42 @@ def family(arch: int) -> str:
 
 
 @functools.cache
-def find(kernel: str, arch: int, headdim: int, headdim_v: int, dtype: str, phase: str = "*") -> Row:
-    """Return the row of the table that applies; arguments as for pick()."""
+def find(
+    kernel: str, arch: int, headdim: int, headdim_v: int, dtype: str, phase: str = "*",
+    rows: int | None = None,
+) -> Row:  # fmt: skip
+    """Return the row of the tables that applies; arguments as for pick()."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: want one of {', '.join(DTYPES)}, got {dtype!r}")
+    if phase not in (*PHASES, "*"):
+        raise ValueError(f"phase: want * or one of {', '.join(PHASES)}, got {phase!r}")
     widest = max(headdim, headdim_v)
     if not 0 < min(headdim, headdim_v) <= widest <= MAX_HEADDIM:
         raise ValueError(f"headdim: want 1 to {MAX_HEADDIM}, got {headdim} and {headdim_v}")
     here = family(arch)
-    for row in ROWS:
-        where = row.family in (here, "*") and row.phase in (phase, "*")
-        if row.kernel == kernel and where and row.bits == DTYPES[dtype] and widest <= row.headdim:
-            return row
-    kernels = sorted({row.kernel for row in ROWS if row.bits == DTYPES[dtype]})
-    raise ValueError(f"kernel: want one of {', '.join(kernels)} for {dtype}, got {kernel!r}")
+
+    def fit(table):
+        for row in table:
+            where = row.family in (here, "*") and row.phase in (phase, "*")
+            what = row.kernel == kernel and row.bits == DTYPES[dtype]
+            if what and where and widest <= row.headdim:
+                yield row
+
+    found = next(fit(ROWS), None)
+    if found is None:
+        kernels = sorted({row.kernel for row in ROWS if row.bits == DTYPES[dtype]})
+        raise ValueError(f"kernel: want one of {', '.join(kernels)} for {dtype}, got {kernel!r}")
+    if rows is not None:
+        for row in fit(SHORT_ROWS):
+            if rows <= row.config.block_m < found.config.block_m:
+                return row
+    return found
 
 
 def pick(
-    kernel: str, arch: int, headdim: int, headdim_v: int, dtype: str, phase: str = "*"
-) -> Config:
+    kernel: str, arch: int, headdim: int, headdim_v: int, dtype: str, phase: str = "*",
+    rows: int | None = None,
+) -> Config:  # fmt: skip
     """Return how to cut a kernel.
 
     Args:
@@ -120,21 +163,26 @@ def pick(
         arch: compute capability times ten, 80 and up.
         headdim, headdim_v: 1 to 256.
         dtype: "float16", "bfloat16" or "float32".
-        phase: of the step kernel: "first", "middle", "last", "only".
+        phase: of the step kernel: "first", "middle", "last", "only"; "*" is right for any.
+        rows: that a tile has use for, of the step kernel; None: any number.
 
     Raises:
         ValueError: no row applies.
     """
-    return find(kernel, arch, headdim, headdim_v, dtype, phase).config
+    return find(kernel, arch, headdim, headdim_v, dtype, phase, rows).config
 
 
 def explain(
-    kernel: str, arch: int, headdim: int, headdim_v: int, dtype: str, phase: str = "*"
-) -> str:
-    """Return one line: which row of the table was taken, and why. Arguments as for pick()."""
-    row = find(kernel, arch, headdim, headdim_v, dtype, phase)
+    kernel: str, arch: int, headdim: int, headdim_v: int, dtype: str, phase: str = "*",
+    rows: int | None = None,
+) -> str:  # fmt: skip
+    """Return one line: which row of the tables was taken, and why. Arguments as for pick()."""
+    row = find(kernel, arch, headdim, headdim_v, dtype, phase, rows)
     block_m, block_n, num_warps, num_stages = row.config
     cut = f"{block_m} x {block_n}" if block_n else f"{block_m} rows"
     asked = f"sm_{arch} {dtype} headdim {headdim}, {headdim_v} phase {phase}"
     taken = f"{row.family} {row.bits} bits headdim <= {row.headdim} phase {row.phase}"
+    if rows is not None:
+        asked += f" rows {rows}"
+        taken += f" rows <= {block_m}" if row in SHORT_ROWS else ""
     return f"{kernel} {cut}, {num_warps} warps, {num_stages} stages: {asked} is row {taken}"

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import triton
 from ringkern.kernels import configs
+from ringkern.kernels.target import triton
 
 # Heads are packed into the rows of a tile where, apart, so much less of the tiles would be used.
 PACK_BELOW = 0.9
@@ -19,6 +19,7 @@ class Cut(NamedTuple):
     group: int  # heads packed into the rows of a tile; 1: each head has tiles of its own
     num_warps: int
     num_stages: int
+    registers: int = 0  # that a thread may have; 0: as many as the compiler likes
 
     @property
     def block_q(self) -> int:
@@ -49,16 +50,18 @@ def choose_cut(
     Raises:
         ValueError: no configuration has this headdim or dtype.
     """
-    config = configs.pick("step", arch, headdim, headdim_v, dtype, phase)
-    block_m, group = config.block_m, nheads // nheads_k
+    shape = "step", arch, headdim, headdim_v, dtype, phase
+    block_m, group = configs.pick(*shape).block_m, nheads // nheads_k
     apart = tokens / (triton.cdiv(tokens, block_m) * block_m)
     packed = 0.0
     if group <= block_m:
         packed = tokens * group / (triton.cdiv(tokens, block_m // group) * block_m)
     group = group if apart < PACK_BELOW * packed else 1
-    block_m = min(block_m, max(16, triton.next_power_of_2(tokens * group)))
-    num_warps = min(config.num_warps, 4) if block_m < config.block_m else config.num_warps
-    return Cut(block_m, config.block_n, group, num_warps, config.num_stages)
+    config = configs.pick(*shape, rows=min(tokens * group, block_m))
+    roomy = config.num_warps <= 4 or config.block_m < block_m  # short work fits as one program
+    registers = configs.MOST_REGISTERS if roomy else 0
+    launch = config.num_warps, config.num_stages, registers
+    return Cut(config.block_m, config.block_n, group, *launch)
 
 
 def tiles_to_fill(cut: Cut, batch: int, nheads: int, processors: int) -> int:

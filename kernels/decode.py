@@ -10,11 +10,17 @@ whatever else is in the batch.
 import math
 
 import torch
-import triton
-import triton.language as tl
-from ringkern.kernels import configs, merge
+from ringkern.kernels import configs, merge, target
 from ringkern.kernels.softmax import finish, fold, load, scales, start
-from ringkern.kernels.target import MAX_PROGRAMS, MAX_ROWS, check, check_tensors, dtype_name
+from ringkern.kernels.target import (
+    MAX_PROGRAMS,
+    MAX_ROWS,
+    check,
+    check_tensors,
+    dtype_name,
+    tl,
+    triton,
+)
 from ringkern.kernels.target import arch as arch_of
 from ringkern.kernels.variant import Variant
 
@@ -101,7 +107,9 @@ def decode(
 
     Args:
         q: [total_q, nheads, headdim], float16, bfloat16 or float32; a last stride of 1, as in
-            every tensor with heads here. The other strides are free.
+            every tensor with heads here. Other strides are free, but in q, k and v they and the
+            address must be multiples of 16 bytes, where headdim is. A headdim that 16 does not
+            divide is several times slower.
         k, v: [num_slots, nheads_k, headdim] and [..., headdim_v], of q's dtype. A token lies in
             slot page * page_size + offset.
         out: [total_q, nheads, headdim_v] float32; any of q's dtypes unless seeded.
@@ -149,6 +157,7 @@ def decode(
             SEED="state" if seeded and num_splits == 1 else "none", SOFTCAP=softcap > 0,
             PRECISION="tf32" if allow_tf32 else "ieee",
             num_warps=config.num_warps, num_stages=config.num_stages,
+            maxnreg=_registers(config, dtype_name(q), max(headdim, headdim_v)),
         )  # fmt: skip
     if num_splits > 1:
         merge.merge_into(parts, lses, out, lse, seeded=seeded)
@@ -189,6 +198,7 @@ def _check(q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, limits, seede
     for name, x in dict(q=q, k=k, v=v, out=out, **tables).items():
         fits = x.stride(-1) == 1 or x.shape[-1] <= 1
         check(fits, name, "a last stride of 1", x.stride(-1))
+    target.check_aligned(q=q, k=k, v=v)
 
 
 def _check_numbers(max_seqlen_q, page_size, num_splits, softmax_scale, softcap):
@@ -213,21 +223,38 @@ def _blocks(arch, headdim, headdim_v, dtype, rows):
     return blocks, config
 
 
+def _registers(config, dtype, widest):
+    """Return the most registers to allow a thread; None: as many as the compiler likes.
+
+    See configs.MOST_REGISTERS. A float32 kernel takes all that it may: it gets what leaves room for
+    PROGRAMS_PER_SM, and one of a wide headdim, which would take more than that, what it likes.
+    """
+    if config.num_warps > 4 or (dtype == "float32" and widest > 128):
+        return None
+    room = (1 << 16) // (PROGRAMS_PER_SM * 32 * config.num_warps)
+    return room if dtype == "float32" else configs.MOST_REGISTERS
+
+
 def variants(arch: int) -> list[Variant]:
-    """Return what offline compilation compiles: every row of the table, and each option once."""
+    """Return what offline compilation compiles: every tile of the table, and each option."""
     cases = [
-        ("bfloat16-d128", "bfloat16", 128, 128, 8, {}),
-        ("bfloat16-d128-seeded-limits", "bfloat16", 128, 128, 8, dict(seeded=True, limits=True)),
-        ("bfloat16-d128-rows32", "bfloat16", 128, 128, 32, dict(limits=True)),
         ("float16-d64-page3", "float16", 64, 64, 16, dict(page_size=3)),
-        ("float16-d80-softcap", "float16", 80, 80, 8, dict(softcap=True)),
         ("bfloat16-d96-page1", "bfloat16", 96, 96, 8, dict(page_size=1)),
-        ("bfloat16-d192-v128", "bfloat16", 192, 128, 32, {}),
-        ("bfloat16-d256-seeded", "bfloat16", 256, 256, 32, dict(seeded=True)),
-        ("float32-d128", "float32", 128, 128, 8, {}),
-        ("float32-d256", "float32", 256, 256, 8, {}),
+        ("bfloat16-d192-v128", "bfloat16", 192, 128, 16, {}),
+        ("bfloat16-d256-seeded", "bfloat16", 256, 256, 16, dict(seeded=True, limits=True)),
+        ("bfloat16-d256-softcap", "bfloat16", 256, 256, 16, dict(softcap=True)),
         ("float32-d128-tf32", "float32", 128, 128, 8, dict(precision="tf32")),
     ]
+    options = dict(softcap=True, limits=True)
+    for dtype, other, d, rows in (
+        ("bfloat16", "float16", 128, 16), ("bfloat16", "float16", 128, 32),
+        ("bfloat16", "float16", 256, 16),
+        ("float32", "float32", 128, 16), ("float32", "float32", 256, 16),
+    ):  # fmt: skip
+        cases.append((f"{dtype}-d{d}-rows{rows}", dtype, d, d, rows, {}))
+        narrow, seeded = 3 * d // 4, rows == 16
+        name = f"{other}-d{narrow}-rows{rows}-softcap"
+        cases.append((name, other, narrow, narrow, rows, options | dict(seeded=seeded)))
     return [_variant(arch, *case[:5], **case[5]) for case in cases]
 
 
@@ -257,6 +284,7 @@ def _variant(
         constexprs=constexprs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=_registers(config, dtype, max(headdim, headdim_v)),
         divisible_by_16=(*pointers, *strides),
-        expects=frozenset({"mma", "pipelined"} if "16" in dtype or precision == "tf32" else ()),
+        expects=frozenset({"pipelined", *["mma"] * ("16" in dtype or precision == "tf32")}),
     )

@@ -5,11 +5,17 @@ A part weighs exp(lse - top) over the sum of these, top being the largest lse: p
 """
 
 import torch
-import triton
-import triton.language as tl
 from ringkern.kernels import configs
 from ringkern.kernels.softmax import LN2, LOG2E
-from ringkern.kernels.target import MAX_PROGRAMS, MAX_ROWS, check, check_tensors, dtype_name
+from ringkern.kernels.target import (
+    MAX_PROGRAMS,
+    MAX_ROWS,
+    check,
+    check_tensors,
+    dtype_name,
+    tl,
+    triton,
+)
 from ringkern.kernels.target import arch as arch_of
 from ringkern.kernels.variant import Variant
 

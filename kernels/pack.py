@@ -7,11 +7,9 @@ a time where addresses allow it, so any dtype moves bit by bit.
 import math
 
 import torch
-import triton
-import triton.language as tl
 from ringkern.kernels import configs
 from ringkern.kernels.target import arch as arch_of
-from ringkern.kernels.target import check, check_tensors
+from ringkern.kernels.target import check, check_tensors, tl, triton
 from ringkern.kernels.variant import Variant
 
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by bytes

@@ -7,9 +7,8 @@ top), scores being in base 2: scale2 carries log2(e).
 
 import math
 
-import triton
-import triton.language as tl
 from ringkern.kernels import target
+from ringkern.kernels.target import tl, triton
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))

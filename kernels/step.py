@@ -6,22 +6,23 @@ accumulator, goes through the tile's keys and writes the state back, so a step n
 Scores are in base 2 inside; the scale carries log2(e).
 """
 
+import itertools
 import math
 
 import torch
-import triton
-import triton.language as tl
-from ringkern.kernels import target
+from ringkern.kernels import configs, target
 from ringkern.kernels.cut import Table, choose_cut
 from ringkern.kernels.merge import merge_into
 from ringkern.kernels.softmax import finish, fold, load, scales, start
-from ringkern.kernels.target import check
+from ringkern.kernels.target import check, tl, triton
 from ringkern.kernels.variant import Variant
 
 TILE = tl.constexpr(5)  # columns of a row of tiles
 PIECE = tl.constexpr(6)  # and of pieces
 LAST = tl.constexpr((1 << 31) - 1)  # beyond any position
-PHASES = ("first", "middle", "last", "only")
+PHASES = configs.PHASES
+LONG = 4096  # queries, of variants: any number that fills tiles
+MANY_VALUES = 80  # scores and outs in a thread: few registers are left, and softcap takes some
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -119,7 +120,9 @@ def step(
 
     Args:
         q: [batch, seqlen_q, nheads, headdim], float16, bfloat16 or float32. The last dimension of
-            every tensor but lse must be contiguous; other strides are free.
+            every tensor but lse must be contiguous. Other strides are free, but in q, k and v they
+            and the address must be multiples of 16 bytes, where headdim is. A headdim that 16
+            does not divide is several times slower.
         k, v: [batch, seqlen_k, nheads_k, headdim] and [..., headdim_v], of q's dtype.
         out: [batch, seqlen_q, nheads, headdim_v] float32, normalised; None in phase "only".
         lse: [batch, nheads, seqlen_q] float32, natural log, +inf excepted; -inf where nothing was
@@ -179,6 +182,7 @@ def _launch(
             softcap != 0, softmax_scale < 0, "tf32" if allow_tf32 else "ieee",
         ),
         num_warps=cut.num_warps, num_stages=cut.num_stages,
+        maxnreg=cut.registers or None,
     )  # fmt: skip
 
 
@@ -241,35 +245,50 @@ def _check_shapes(tensors, table):
     for name, x in (("table", table.tiles), ("pieces", table.pieces)):
         check(x.numel() <= target.MAX_ROWS, name, f"at most {target.MAX_ROWS} numbers", x.numel())
         check(x.is_contiguous(), name, "contiguous", f"strides {x.stride()}")
+    target.check_aligned(q=q, k=k, v=v)
     group, end = nheads // nheads_k, max(table.rows, default=0)
     check(table.cut.group in (1, group), "table", f"1 or {group} heads packed", table.cut.group)
     check(end <= seqlen_q, "table", f"query rows up to {seqlen_q}", end)
 
 
 def variants(arch: int) -> list[Variant]:
-    """Return what offline compilation compiles. Every kernel has a full and a masked loop."""
-    bf16, long = "bfloat16", 4096
-    found = [
-        _variant(arch, f"{dtype}-d{d}-{phase}", dtype, d, d, long, phase)
-        for dtype, d, phase in (
-            (bf16, 64, "middle"), (bf16, 96, "middle"), (bf16, 128, "first"),
-            (bf16, 128, "middle"), (bf16, 128, "last"), (bf16, 128, "only"), (bf16, 192, "middle"),
-            (bf16, 256, "first"), (bf16, 256, "middle"), ("float16", 64, "only"),
-            ("float16", 128, "middle"), (bf16, 96, "last"), ("float32", 64, "middle"),
-            ("float32", 128, "middle"), ("float32", 256, "middle"),
-        )
-    ]  # fmt: skip
-    found += [
-        _variant(arch, "bfloat16-d192-dv128-middle", bf16, 192, 128, long, "middle"),
-        _variant(arch, "bfloat16-d64-softcap", bf16, 64, 64, long, "middle", softcap=True),
-        _variant(arch, "bfloat16-d128-softcap", bf16, 128, 128, long, "middle", softcap=True),
-        _variant(arch, "bfloat16-d256-softcap", bf16, 256, 256, long, "middle", softcap=True),
-        _variant(arch, "bfloat16-d128-sinks", bf16, 128, 128, long, "first", sinks=True),
-        _variant(arch, "bfloat16-d128-packed-split", bf16, 128, 128, 2, "first", split=True),
-        _variant(arch, "bfloat16-d256-packed", bf16, 256, 256, 2, "middle"),
-        _variant(arch, "float32-d128-tf32", "float32", 128, 128, long, "middle", precision="tf32"),
+    """Return what offline compilation compiles: every cut that a step can have, in each phase.
+
+    Each has a full and a masked loop. One whose keys are split needs all registers that it needs
+    otherwise, so that it stands for both. A float32 step's result is of its state's dtype, so that
+    "last" is the kernel of "middle", and "only" that of "first".
+    """
+    dims = sorted({row.headdim for row in configs.ROWS if row.kernel == "step"}, reverse=True)
+    bf16, cuts, found = "bfloat16", set(), []
+
+    def add(dtype, d, phase, rows, **options):
+        words = [f"rows{rows}"] * (rows != LONG) + [word for word in options if options[word]]
+        name = "-".join([dtype, f"d{d}", phase, *words])
+        tokens = rows if rows == LONG else rows // 8
+        found.append(_variant(arch, name, dtype, d, d, tokens, phase, **options))
+
+    for dtype, phases in ((bf16, PHASES), ("float32", PHASES[:2])):
+        for d, rows, phase in itertools.product(dims, (LONG, 64, 32, 16), phases):
+            row = configs.find("step", arch, d, d, dtype, phase, rows)
+            if (row, phase) in cuts:
+                continue
+            values = row.config.block_m * (row.config.block_n + d) // (32 * row.config.num_warps)
+            tight = dtype == bf16 and values >= MANY_VALUES
+            capped = False
+            if row not in {row for row, _ in cuts}:
+                add(dtype, d, phase, rows, split=True, softcap=True)
+                capped = phase != "middle"  # whose parts have no state to start from
+            cuts.add((row, phase))
+            if tight or not capped:
+                add(dtype, d, phase, rows, softcap=rows != LONG and phase == "last")
+            if tight and not capped:
+                add("float16", 3 * d // 4, phase, rows, softcap=True)
+    return found + [
+        _variant(arch, "bfloat16-d192-dv128-middle", bf16, 192, 128, LONG, "middle"),
+        _variant(arch, "bfloat16-d128-first-sinks", bf16, 128, 128, LONG, "first", sinks=True),
+        _variant(arch, "bfloat16-d128-first-packed", bf16, 128, 128, 17, "first"),
+        _variant(arch, "float32-d128-tf32", "float32", 128, 128, LONG, "middle", precision="tf32"),
     ]
-    return found
 
 
 def _variant(
@@ -277,8 +296,9 @@ def _variant(
     softcap=False, precision="ieee",
 ):  # fmt: skip
     cut = choose_cut(64, 8, headdim, headdim_v, dtype, arch, tokens, phase)
+    seed = "none" if split and phase == "middle" else _seed(phase, sinks)
     constexprs = _constexprs(
-        cut, 8, headdim, headdim_v, _seed(phase, sinks), split, softcap, False, precision
+        cut, 8, headdim, headdim_v, seed, split, softcap, False, precision
     ) | dict(lse_row=1, result_lse_row=1)
     pointer = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[dtype]
     signature = dict.fromkeys(_step.arg_names, "i32") | dict.fromkeys(constexprs, "constexpr")
@@ -290,7 +310,7 @@ def _variant(
     plain = ("splits", "row0", "scale2", "cap2", "lse_batch", "lse_head", "result_lse_part")
     plain += ("result_lse_batch", "result_lse_head")
     expects = {"pipelined"}
-    if cut.block_m >= 64 and dtype != "float32" and arch == 90:
+    if tokens == LONG and dtype != "float32" and arch == 90:
         expects.add("wgmma")
     if dtype != "float32" or precision == "tf32":
         expects.add("mma")
@@ -301,6 +321,7 @@ def _variant(
         constexprs=constexprs,
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,
+        maxnreg=cut.registers or None,
         divisible_by_16=tuple(x for x in signature if x not in constexprs and x not in plain),
         expects=frozenset(expects),
     )

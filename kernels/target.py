@@ -1,4 +1,7 @@
-"""Where kernels run, the interpreter or a GPU of some architecture, and refusing what cannot."""
+"""Where kernels run, the interpreter or a GPU of some architecture, and refusing what cannot.
+
+Triton comes from here to every other module: where it is missing or too old, this says so.
+"""
 
 import functools
 import re
@@ -7,12 +10,14 @@ import torch
 
 try:
     import triton
+    import triton.language as tl  # noqa: F401 - for the other modules, which import it from here
 except ImportError as error:
     raise ImportError("triton: want 3.6 or later, got none: pip install triton") from error
 
 OLDEST_TRITON = (3, 6)
 # Rows of a tensor that kernels take: a row's number and those of a block after it fit int32.
 MAX_ROWS = (1 << 31) - (1 << 16)
+VECTOR_BYTES = 16  # that a thread loads at once, from an address that so many divide
 MAX_PROGRAMS = (1 << 31) - 1  # of a grid's first dimension
 
 if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < OLDEST_TRITON:
@@ -53,6 +58,29 @@ def check_tensors(dtypes=None, **tensors: torch.Tensor) -> None:
     for name, x in tensors.items():
         fits = dtypes is None or x.dtype in dtypes
         check(fits, name, " or ".join(map(str, dtypes or ())), x.dtype)
+
+
+def is_aligned(x: torch.Tensor) -> bool:
+    """Return whether all rows of x, of its last dimension, begin where a vector can.
+
+    True for rows that are not whole vectors: no layout of them is better.
+    """
+    size = x.element_size()
+    if x.shape[-1] * size % VECTOR_BYTES or not x.numel():
+        return True
+    steps = (step for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
+    return not any(start % VECTOR_BYTES for start in (x.data_ptr(), *(s * size for s in steps)))
+
+
+def check_aligned(**tensors: torch.Tensor) -> None:
+    """Refuse tensors that are not is_aligned(): kernels are several times slower on such."""
+    for name, x in tensors.items():
+        size = x.element_size()
+        strides = tuple(step * size for step in x.stride()[:-1])
+        got = f"an address of {x.data_ptr() % VECTOR_BYTES} more and strides of {strides}"
+        want = f"an address and strides that are multiples of {VECTOR_BYTES} bytes"
+        hint = f"pass {name}.clone(memory_format=torch.contiguous_format)"
+        check(is_aligned(x), name, want, f"{got}: {hint}")
 
 
 def dtype_name(x: torch.Tensor) -> str:

@@ -5,7 +5,7 @@ Every kernel module has variants(arch), a list of these; tests/compile_worker.py
 
 from dataclasses import dataclass
 
-from triton.runtime.jit import JITFunction
+from ringkern.kernels.target import triton
 
 # What a variant may expect of its machine code.
 EXPECTATIONS = {
@@ -20,11 +20,12 @@ class Variant:
     """A kernel, the types of its arguments, and what the compiler must make of it."""
 
     name: str  # unique in its module and the same for every arch, as "bf16-d128-first-causal"
-    fn: JITFunction
+    fn: triton.JITFunction
     signature: dict[str, str]  # argument -> "*bf16", "i32", "i64", "fp32" or "constexpr"
     constexprs: dict[str, object]  # the value of each argument of type "constexpr"
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # registers that a thread may have
     divisible_by_16: tuple[str, ...] = ()  # pointers and strides that are, as at run time
     expects: frozenset[str] = frozenset()  # of EXPECTATIONS
 

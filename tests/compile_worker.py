@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib
 import io
-import itertools
 import json
 import os
 import pathlib
@@ -50,24 +49,20 @@ COPIES = {"LDGSTS", "UTMALDG"}
 
 
 def listing(modules, archs):
-    """Return triton's version, the jobs, and which rows of the table the variants were cut by."""
+    """Return triton's version, the jobs, and what launches can reach and no variant proves."""
     import triton
-    from ringkern.kernels import configs
 
-    find, rows, jobs = configs.find, set(), []
+    from tests import compile_reach
 
-    def noted(*args, **kwargs):
-        row = find(*args, **kwargs)
-        rows.add(configs.ROWS.index(row))
-        return row
-
-    configs.find = noted
-    for module, arch in itertools.product(modules, archs):
-        for variant in importlib.import_module(module).variants(arch):
+    jobs, unproven = [], []
+    for arch in archs:
+        found = {module: importlib.import_module(module).variants(arch) for module in modules}
+        for module, variant in ((m, v) for m in modules for v in found[m]):
             job = {"module": module, "variant": variant.name, "arch": arch}
             jobs.append(job | {"expects": sorted(variant.expects)})
-    configs.find = find
-    unproven = [str(row) for i, row in enumerate(configs.ROWS) if i not in rows]
+        known = compile_reach.proven(arch, [v for some in found.values() for v in some])
+        reached = compile_reach.reachable(arch)
+        unproven += [f"sm_{arch} {what}" for what in reached if what not in known]
     return {"triton": triton.__version__, "jobs": jobs, "unproven": unproven}
 
 
@@ -88,7 +83,7 @@ def compile_variant(variant, arch, cache=None):
     from triton.backends.compiler import GPUTarget
 
     source = source_of(variant)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {name: getattr(variant, name) for name in ("num_warps", "num_stages", "maxnreg")}
     parts = (triton.__version__, arch, options, source.hash(), pathlib.Path(__file__).read_text())
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     known = cache and pathlib.Path(cache, f"{key}.json")

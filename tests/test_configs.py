@@ -1,13 +1,14 @@
 """The table of configurations: every question has an answer, every row is one."""
 
 import itertools
+import pathlib
 
 import pytest
 from ringkern.kernels import configs
 
 KERNELS = sorted({(row.kernel, row.bits) for row in configs.ROWS})
 ARCHS = (80, 86, 87, 89, 90, 100, 103, 120)
-PHASES = ("first", "middle", "last", "only", "*")
+PHASES = (*configs.PHASES, "*")
 
 
 def questions():
@@ -30,11 +31,26 @@ def test_every_question_has_an_answer():
 
 def test_every_row_is_reached():
     reached = {
-        configs.find(kernel, arch, *heads, dtype, phase)
+        configs.find(kernel, arch, *heads, dtype, phase, rows)
         for kernel, arch, heads, dtype, phase in questions()
+        for rows in (None, 16, 32, 64)
     }
-    shadowed = [row for row in configs.ROWS if row not in reached]
+    shadowed = [row for row in configs.ROWS + configs.SHORT_ROWS if row not in reached]
     assert not shadowed
+
+
+def test_a_tile_has_no_more_rows_than_it_has_use_for():
+    for kernel, arch, heads, dtype, phase in questions():
+        full = configs.pick(kernel, arch, *heads, dtype, phase)
+        for rows in (1, 16, 17, 32, 33, 64, 65, 128, 129, 4096):
+            config = configs.pick(kernel, arch, *heads, dtype, phase, rows)
+            if kernel != "step":
+                assert config == full
+                continue
+            want = min(max(16, 1 << (rows - 1).bit_length()), full.block_m)
+            assert config.block_m == want, f"sm_{arch} {heads} {dtype} {phase} {rows} rows"
+            if want == full.block_m:
+                assert config == full
 
 
 def test_families():
@@ -53,8 +69,8 @@ def test_the_wider_head_decides():
 
 
 def test_bad_questions_are_refused():
-    def ask(kernel="step", arch=90, headdim=64, dtype="bfloat16"):
-        return configs.pick(kernel, arch, headdim, 64, dtype, "only")
+    def ask(kernel="step", arch=90, headdim=64, dtype="bfloat16", phase="only"):
+        return configs.pick(kernel, arch, headdim, 64, dtype, phase)
 
     assert ask()
     with pytest.raises(ValueError, match="arch: want .* 80 .*got 75"):
@@ -67,6 +83,8 @@ def test_bad_questions_are_refused():
         ask(dtype="float64")
     with pytest.raises(ValueError, match="kernel: want one of .*step.*got 'stp'"):
         ask(kernel="stp")
+    with pytest.raises(ValueError, match="phase: want .*middle.*got 'midle'"):
+        ask(phase="midle")
 
 
 def test_explain_is_one_line_that_names_the_row():
@@ -75,3 +93,12 @@ def test_explain_is_one_line_that_names_the_row():
     assert "\n" not in line
     for word in (f"{row.config.block_m} x {row.config.block_n}", f"<= {row.headdim}", "sm_120"):
         assert word in line, line
+    line = configs.explain("step", 120, 80, 96, "float16", "middle", 17)
+    assert "rows 17 is row" in line and line.endswith("rows <= 32"), line
+
+
+def test_nothing_is_tuned_at_run_time():
+    """A rank that measures for itself may take another configuration, and give other bits."""
+    folder = pathlib.Path(configs.__file__).parent
+    for path in folder.glob("*.py"):
+        assert "autotune" not in path.read_text(), path

@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
+import ringkern
 import torch
 from accelerator import DEVICE
+from ringkern import local
 from ringkern.kernels import decode, merge, step, target
 from step_case import cut_of, draw, make_spans, run_of, table_of
 
@@ -42,6 +45,68 @@ def test_step_refuses(match):
     with pytest.raises(ValueError, match=match):
         step.step(**call | STEP[match])
     assert not out.any() and not lse.any()
+
+
+def elsewhere(x):
+    """Return x from an address that 16 does not divide."""
+    memory = zeros(x.numel() + 1, dtype=x.dtype)[1:]
+    return memory.view(x.shape).copy_(x)
+
+
+def apart(x):
+    """Return x with rows that begin a number of bytes apart that 16 does not divide."""
+    memory = zeros(*x.shape[:-1], x.shape[-1] + 1, dtype=x.dtype)[..., :-1]
+    return memory.copy_(x)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize(
+    "way, got",
+    [(elsewhere, "an address of 4 more and strides"), (apart, r"strides of \(.*136, 68\): pass")],
+)
+def test_unaligned_tensors_are_refused(way, got, name):
+    want = f"{name}: want an address and strides that are multiples of 16 bytes, got .*{got}"
+    made = dict(zip("qkv", (x.contiguous() for x in draw(8, 9, (2, 2), (16, 16))), strict=True))
+    made[name] = way(made[name])
+    out, lse = torch.zeros_like(made["q"].contiguous()), zeros(1, 2, 8)
+    table = table_of(make_spans(run_of(8), run_of(9)), cut_of(made["q"], made["k"]))
+    with pytest.raises(ValueError, match=want):
+        step.step(**made, out=out, lse=lse, table=table, softmax_scale=1.0, phase="first")
+    int32 = dict(dtype=torch.int32, device=DEVICE)
+    tables = (
+        zeros(1, 1, dtype=torch.int32),
+        torch.tensor([9], **int32),
+        torch.tensor([0, 8], **int32),
+    )
+    numbers = dict(max_seqlen_q=8, page_size=9, softmax_scale=1.0)
+    with pytest.raises(ValueError, match=want):
+        decode.decode(*(x[0] for x in made.values()), out[0], lse[0], *tables, **numbers)
+    assert not out.any() and not lse.any()
+
+
+def test_strides_that_lead_nowhere_need_no_alignment():
+    x = torch.empty_strided((1, 3, 1, 16), (7, 16, 5, 1), device=DEVICE)
+    assert target.is_aligned(x)
+    assert not target.is_aligned(torch.empty_strided((2, 3, 1, 16), x.stride(), device=DEVICE))
+    assert target.is_aligned(x[..., 1:]), "rows of 60 bytes: no layout is better"
+
+
+@pytest.mark.parametrize("way", [elsewhere, apart])
+def test_unaligned_inputs_are_copied_and_that_is_said_once(way):
+    q, k, v = (x.contiguous() for x in draw(8, 9, (2, 2), (16, 16)))
+    options = dict(causal=True, backend="triton")
+    want = ringkern.attn_func(q, k, v, **options)
+    local._warn_copy.cache_clear()
+    with pytest.warns(RuntimeWarning) as told:
+        got = ringkern.attn_func(way(q), k, way(v), **options)
+    assert [str(one.message).partition(":")[0] for one in told] == [
+        f"attention copies {name} in each call" for name in "qv"
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = ringkern.attn_func(way(q), k, way(v), **options)
+    for found in (got, again):
+        assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
 
 
 @pytest.mark.parametrize("name", ["tiles", "pieces"])

@@ -1,6 +1,7 @@
 """One step on this device, by the kernels that backend.pick() named."""
 
 import functools
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -160,6 +161,7 @@ def step(q, k, v, out, lse, work, problem: Problem) -> None:
         step_torch.step(q, k, v, out, lse, work.spans, **scores)
         return
     scores["allow_tf32"] = _allow_tf32()
+    q, k, v = _aligned(q=q, k=k, v=v)
     if isinstance(work, _Decode):
         from ringkern.kernels.decode import decode
 
@@ -190,6 +192,7 @@ def attend(q, k, v, spans: np.ndarray, problem: Problem, sinks, backend: str):
             "attention in a CUDA graph: want a ring's call, whose tables stay, got one on its own. "
             "Use ringkern.DecodeGraphs, or call it outside of the graph."
         )
+    q, k, v = _aligned(q=q, k=k, v=v)
     work = prepare(spans, problem, q.device, backend, rows=seqlen_q, phase="only")
     out = q.new_empty(batch, seqlen_q, nheads, problem.headdim_v)
     lse = q.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
@@ -197,6 +200,26 @@ def attend(q, k, v, spans: np.ndarray, problem: Problem, sinks, backend: str):
     options |= dict(phase="only", result=out, sinks=sinks, allow_tf32=_allow_tf32())
     kernel.step(q, k, v, None, lse, work.table, **options)
     return out, lse
+
+
+def _aligned(**tensors):
+    """Return the tensors as the kernels take them: copies of those whose rows begin elsewhere."""
+    from ringkern.kernels import target
+
+    found = []
+    for name, x in tensors.items():
+        if not target.is_aligned(x):
+            _warn_copy(name)
+            x = x.clone(memory_format=torch.contiguous_format)
+        found.append(x)
+    return found
+
+
+@functools.cache
+def _warn_copy(name: str) -> None:
+    """Say once that an input costs a copy in each call."""
+    message = f"attention copies {name} in each call: want an address and strides that are "
+    warnings.warn(message + "multiples of 16 bytes.", RuntimeWarning, stacklevel=5)
 
 
 def gather_rows(pool, slots, out, backend: str) -> None:
