@@ -23,8 +23,6 @@ step    sm_90   16    64       *       128      128      8          3
 step    sm_90   16    128      first   128      128      8          2
 step    sm_90   16    128      middle  128      128      8          2
 step    sm_90   16    128      *       128      64       8          3
-step    sm_90   16    256      first   64       64       8          2
-step    sm_90   16    256      middle  64       64       8          2
 step    sm_90   16    256      *       64       32       8          2
 step    sm_100  16    128      *       128      64       8          3
 step    sm_100  16    256      *       64       32       8          2

@@ -261,8 +261,9 @@ def variants(arch: int) -> list[Variant]:
     dims = sorted({row.headdim for row in configs.ROWS if row.kernel == "step"}, reverse=True)
     bf16, cuts, found = "bfloat16", set(), []
 
-    def add(dtype, d, phase, rows, **options):
-        words = [f"rows{rows}"] * (rows != LONG) + [word for word in options if options[word]]
+    def add(dtype, d, phase, rows, packed="", **options):
+        words = [packed or f"rows{rows}"] * (rows != LONG)
+        words += [word for word in options if options[word]]
         name = "-".join([dtype, f"d{d}", phase, *words])
         tokens = rows if rows == LONG else rows // 8
         found.append(_variant(arch, name, dtype, d, d, tokens, phase, **options))
@@ -281,12 +282,13 @@ def variants(arch: int) -> list[Variant]:
             cuts.add((row, phase))
             if tight or not capped:
                 add(dtype, d, phase, rows, softcap=rows != LONG and phase == "last")
+            if tight:
+                add("float16", 3 * d // 4, phase, row.config.block_m, packed="packed")
             if tight and not capped:
                 add("float16", 3 * d // 4, phase, rows, softcap=True)
     return found + [
         _variant(arch, "bfloat16-d192-dv128-middle", bf16, 192, 128, LONG, "middle"),
         _variant(arch, "bfloat16-d128-first-sinks", bf16, 128, 128, LONG, "first", sinks=True),
-        _variant(arch, "bfloat16-d128-first-packed", bf16, 128, 128, 17, "first"),
         _variant(arch, "float32-d128-tf32", "float32", 128, 128, LONG, "middle", precision="tf32"),
     ]
 

@@ -25,6 +25,8 @@ def reachable(arch):
             size = how.block_m, how.block_n, how.num_warps, how.num_stages, how.registers
             for softcap, split in itertools.product((False, True), repeat=2):
                 found += _step(row, size, phase, softcap, split)
+            if how.group > 1:
+                found += _packed(row, size, phase)
         for rows, softcap in itertools.product((1, 16, 17, 1024), (False, True)):
             blocks, config = decode._blocks(arch, d, d, dtype, rows)
             size = blocks["BLOCK_M"], blocks["BLOCK_N"], config.num_warps, config.num_stages
@@ -51,6 +53,7 @@ def proven(arch, variants):
             for phase in _phases(values["SEED"], types["q"], types["result"], values["SPLIT"]):
                 row = configs.find("step", *shape, phase, values["BLOCK_M"])
                 found.update(_step(row, size, phase, values["SOFTCAP"], False))
+                found.update(_packed(row, size, phase) if values["PACKED"] else ())
         elif kernel == "_decode":
             found.add(_decode(configs.find("decode", *shape), size, values["SOFTCAP"]))
         elif kernel == "_merge":
@@ -77,11 +80,21 @@ def _phases(seed, dtype, result, split):
 
 def _step(row, size, phase, softcap, split):
     """Return the lines of a step. size: block_m, block_n, warps, stages, registers."""
-    tile, (block_m, block_n, num_warps, *_) = f"{row} as {size}", size
+    tile = f"{row} as {size}"
     lines = [f"{tile} split"] if split else [f"{tile} phase {phase}"]
-    if row.bits == 16 and block_m * (block_n + row.headdim) >= step.MANY_VALUES * 32 * num_warps:
+    if _tight(row, size):
         return lines if split else [f"{lines[0]} softcap {softcap}"]
     return lines if split else [*lines, f"{tile} softcap {softcap}"]
+
+
+def _packed(row, size, phase):
+    return [f"{row} as {size} phase {phase} packed"] if _tight(row, size) else []
+
+
+def _tight(row, size):
+    block_m, block_n, num_warps, *_ = size
+    values = block_m * (block_n + row.headdim) // (32 * num_warps)
+    return row.bits == 16 and values >= step.MANY_VALUES
 
 
 def _decode(row, size, softcap):
