@@ -290,14 +290,15 @@ STUB_API int ncclCommInitRankConfig(void** handle, int ranks, UniqueId id, int r
   comm->rank = rank;
   comm->ranks = ranks;
   comm->id = id.bytes;
-  comm->config = {config->size,
-                  config->magic,
-                  config->version,
-                  config->blocking,
-                  config->minCTAs,
-                  config->maxCTAs,
-                  config->nChannelsPerNetPeer,
-                  config->nvlinkCentricSched};
+  const auto& it = *config;
+  comm->config = {it.size,
+                  it.magic,
+                  it.version,
+                  it.blocking,
+                  it.minCTAs,
+                  it.maxCTAs,
+                  it.nChannelsPerNetPeer,
+                  it.nvlinkCentricSched};
   auto& joined = world().joined[comm->id];
   comm->clique = joined.empty() ? std::make_shared<Clique>() : joined.front()->clique;
   joined.push_back(comm);
