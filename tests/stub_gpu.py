@@ -29,7 +29,8 @@ class Stubs(NamedTuple):
 @functools.cache
 def stubs() -> Stubs:
     """Return the stubs, compiled once for their sources: processes find what another compiled."""
-    names = ("stub_cuda.cpp", "stub_nccl.cpp", "stub_python.cpp", "stub_gpu.h", "stub_driver.h")
+    names = ("stub_cuda.cpp", "stub_nccl.cpp", "stub_python.cpp")
+    names += ("stub_gpu.h", "stub_driver.h", "stub_comm.h")
     text = b"".join((SOURCES / name).read_bytes() for name in names)
     path = BUILD / f"stubs-{hashlib.sha256(text).hexdigest()[:16]}.so"
     if not path.exists():
