@@ -64,12 +64,12 @@ def choose_cut(
     return Cut(config.block_m, config.block_n, group, *launch)
 
 
-def tiles_to_fill(cut: Cut, batch: int, nheads: int, processors: int) -> int:
+def tiles_to_fill(cut: Cut, batch: int, nheads: int, num_sms: int) -> int:
     """Return how many tiles fill a GPU: the `fill` of tile_table.make_tiles().
 
-    Two programs for each of its processors; a tile is one program for each entry and group.
+    Two programs for each of its SMs; a tile is one program for each sequence of the batch and group.
     """
-    return triton.cdiv(2 * processors, max(batch * (nheads // cut.group), 1))
+    return triton.cdiv(2 * num_sms, max(batch * (nheads // cut.group), 1))
 
 
 def make_table(tile_table, cut: Cut, device, put=None) -> Table:

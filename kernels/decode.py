@@ -37,68 +37,73 @@ def _decode(
     v,  # [num_slots, nheads_k, headdim_v]
     out,  # [splits, total_q, nheads, headdim_v]; out and lse hold a state if SEED is "state"
     lse,  # [splits, nheads, total_q]
-    page_table,  # [sequences, max_pages]
-    seqused_k, cu_seqlens_q, limits, scale2, cap2, tiles, nheads_k,
+    page_table,  # [batch, max_pages]
+    seqused_k,  # [batch]
+    cu_seqlens_q,  # [batch + 1]
+    limits,  # [total_q], or None
+    sinks,  # [nheads], or anything unless SEED is "sinks"
+    scale2, cap2, tiles, nheads_k,  # strides of q, k and v are in vectors of VECTOR elements
     q_row, q_head, k_slot, k_head, v_slot, v_head, table_row,
-    out_part, out_row, out_head, lse_part, lse_head, lse_row,
+    out_split, out_row, out_head, lse_split, lse_head, lse_row,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    SEED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    SEED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, VECTOR: tl.constexpr,
+    VECTOR_V: tl.constexpr,
 ):  # fmt: skip
     # Grid: sequences, their tiles of rows and heads of K and V in one; splits of the keys.
-    program, split = tl.program_id(0), tl.program_id(1)
+    program, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head_k = (program % nheads_k).to(tl.int64)
     tile = program // nheads_k % tiles
-    seq = program // nheads_k // tiles
-    q0, q1 = tl.load(cu_seqlens_q + seq), tl.load(cu_seqlens_q + seq + 1)
+    batch = (program // nheads_k // tiles).to(tl.int64)
+    q0, q1 = tl.load(cu_seqlens_q + batch), tl.load(cu_seqlens_q + batch + 1)
     if q0 + tile * BLOCK_M // GROUP >= q1:
         return
     # This split's keys [begin, end): whole blocks, the same number in all splits but the last.
-    seqlen = tl.load(seqused_k + seq)
+    seqlen = tl.load(seqused_k + batch)
     blocks = tl.cdiv(tl.cdiv(seqlen, BLOCK_N), tl.num_programs(1))
-    begin = split * blocks * BLOCK_N
+    begin = tl.program_id(1) * blocks * BLOCK_N
     end = tl.minimum(begin + blocks * BLOCK_N, seqlen)
     if SEED == "state" and begin >= end:
         return
 
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    token = (q0 + rows // GROUP).to(tl.int64)
-    head = head_k * GROUP + rows % GROUP
-    inside = token < q1
-    d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
-    out_at = out + split.to(tl.int64) * out_part + token * out_row + head * out_head
-    lse_at = lse + split.to(tl.int64) * lse_part + token * lse_row + head * lse_head
-    acc, top, mass = start(out_at, lse_at, None, inside, dv, HEADDIM_V, SEED, BLOCK_M, BLOCK_DV)
-    q_at = (q + token * q_row + head * q_head)[:, None] + d[None, :]
-    q_tile = load(q_at, inside[:, None] & (d < HEADDIM)[None, :], True)  # [BLOCK_M, BLOCK_D]
-
+    m, n = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row = (q0 + m // GROUP).to(tl.int64)  # [BLOCK_M], as head
+    head = head_k * GROUP + m % GROUP
+    inside = row < q1  # [BLOCK_M]
+    out_at = out + split * out_split + row * out_row + head * out_head  # [BLOCK_M], as lse_at
+    lse_at = lse + split * lse_split + row * lse_row + head * lse_head
+    seeded = inside & (split == 0)
+    acc, top, mass = start(out_at, lse_at, sinks + head, seeded, HEADDIM_V, SEED, BLOCK_M, BLOCK_DV)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q += (row * q_row + head * q_head)[:, None] * VECTOR + d[None, :]
+    q_tile = load(q, inside, HEADDIM, BLOCK_D, 1)  # [BLOCK_M, BLOCK_D]
     if limits is not None:
-        limit = tl.load(limits + token, mask=inside, other=0)  # [BLOCK_M]
-    table = page_table + seq.to(tl.int64) * table_row
-    kt_at = k + head_k * k_head + d[:, None]
-    v_at = v + head_k * v_head + dv[None, :]
+        limit = tl.load(limits + row, mask=inside, other=0)  # [BLOCK_M]
+
+    kt_at = k + head_k * k_head * VECTOR + d[:, None]
+    v_at = v + head_k * v_head * VECTOR_V + dv[None, :]
+    pages_at = page_table + batch * table_row
     for j in tl.range(begin, end, BLOCK_N):
-        key = j + n
+        key = j + n  # [BLOCK_N], as there, page, slot, to_k and to_v
         there = key < end
-        page = tl.load(table + key // PAGE_SIZE, mask=there, other=0)  # [BLOCK_N]
+        page = tl.load(pages_at + key // PAGE_SIZE, mask=there, other=0)
         slot = page.to(tl.int64) * PAGE_SIZE + key % PAGE_SIZE
-        there_k = there[None, :] & (d < HEADDIM)[:, None]
-        there_v = there[:, None] & (dv < HEADDIM_V)[None, :]
-        kt = load(kt_at + slot[None, :] * k_slot, there_k, True)  # [BLOCK_D, BLOCK_N]
-        v_tile = load(v_at + slot[:, None] * v_slot, there_v, True)  # [BLOCK_N, BLOCK_DV]
-        visible = there[None, :]
+        to_k, to_v = slot * k_slot * VECTOR, slot * v_slot * VECTOR_V
+        kt = load(kt_at + to_k[None, :], there, HEADDIM, BLOCK_D, 0)  # [BLOCK_D, BLOCK_N]
+        v_block = load(v_at + to_v[:, None], there, HEADDIM_V, BLOCK_DV, 1)  # [BLOCK_N, BLOCK_DV]
+        visible = there[None, :]  # [1, BLOCK_N], or [BLOCK_M, BLOCK_N]
         if limits is not None:
-            visible = visible & (key[None, :] < limit[:, None])
+            visible &= key[None, :] < limit[:, None]
         acc, top, mass = fold(
-            acc, top, mass, q_tile, kt, v_tile, visible, scale2, cap2, True, SOFTCAP, PRECISION
+            acc, top, mass, q_tile, kt, v_block, visible, scale2, cap2, True, SOFTCAP, PRECISION
         )
-    finish(acc, top, mass, out_at, lse_at, lse_at, inside, dv, HEADDIM_V, SEED)
+    finish(acc, top, mass, out_at, lse_at, lse_at, inside, HEADDIM_V, BLOCK_DV, SEED)
 
 
 def decode(
     q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, *,
-    max_seqlen_q, page_size, softmax_scale, softcap=0.0, limits=None, num_splits=1, seeded=False,
-    allow_tf32=False,
+    max_seqlen_q, page_size, softmax_scale, softcap=0.0, limits=None, sinks=None, num_splits=1,
+    seeded=False, allow_tf32=False,
 ) -> None:  # fmt: skip
     """Attend to paged K and V and write (out, lse), or add to what they hold.
 
@@ -108,20 +113,21 @@ def decode(
     Args:
         q: [total_q, nheads, headdim], float16, bfloat16 or float32; a last stride of 1, as in
             every tensor with heads here. Other strides are free, but in q, k and v they and the
-            address must be multiples of 16 bytes, where headdim is. A headdim that 16 does not
-            divide is several times slower.
+            address must be multiples of 16 bytes, where a row is. One of other rows is several
+            times slower.
         k, v: [num_slots, nheads_k, headdim] and [..., headdim_v], of q's dtype. A token lies in
             slot page * page_size + offset.
         out: [total_q, nheads, headdim_v] float32; any of q's dtypes unless seeded.
         lse: [nheads, total_q] float32, natural log.
-        page_table: [sequences, max_pages] int32, the pages of a sequence in order; entries past
+        page_table: [batch, max_pages] int32, the pages of a sequence in order; entries past
             its seqlen are not read.
-        seqused_k: [sequences] int32, tokens in the pages; with 0 the sequence's queries get
+        seqused_k: [batch] int32, tokens in the pages; with 0 the sequence's queries get
             (0, -inf), or keep their state.
-        cu_seqlens_q: [sequences + 1] int32, from 0 to total_q.
+        cu_seqlens_q: [batch + 1] int32, from 0 to total_q.
         max_seqlen_q: an upper bound of queries per sequence; 1 to 16 is what this is made for.
         page_size: any, 1 and up.
         limits: [total_q] int32, or None.
+        sinks: [nheads], the score of one more key whose value is 0; None if seeded.
         num_splits: how many programs share the keys of a sequence; see choose_splits().
         seeded: (out, lse) hold the state so far, as in step_torch.step(); -inf: nothing.
         allow_tf32: whether float32 products may be rounded to tf32.
@@ -129,7 +135,7 @@ def decode(
     Raises:
         ValueError: shapes, dtypes, strides, devices or numbers do not fit.
     """
-    _check(q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, limits, seeded)
+    _check(q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, limits, sinks, seeded)
     _check_numbers(max_seqlen_q, page_size, num_splits, softmax_scale, softcap)
     if not lse.numel():
         return
@@ -147,14 +153,18 @@ def decode(
     most = MAX_ROWS - num_splits * config.block_n
     check(keys <= most, "page_table", f"pages of at most {most} tokens", keys)
     check(grid[0] <= MAX_PROGRAMS, "q", f"at most {MAX_PROGRAMS} tiles times heads", grid[0])
+    seed = "none" if sinks is None else "sinks"
+    if seeded and num_splits == 1:
+        seed = "state"
     with torch.cuda.device_of(q):
         _decode[grid](
-            q, k, v, parts, lses, page_table, seqused_k, cu_seqlens_q, limits,
+            *(q, k, v, parts, lses, page_table, seqused_k, cu_seqlens_q, limits),
+            lses if sinks is None else sinks,
             *scales(softmax_scale, softcap), tiles, nheads_k,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], page_table.stride(0),
+            *target.vector_strides(q, k, v), page_table.stride(0),
             *parts.stride()[:3], *lses.stride(),
             HEADDIM=headdim, HEADDIM_V=headdim_v, **blocks, GROUP=group, PAGE_SIZE=page_size,
-            SEED="state" if seeded and num_splits == 1 else "none", SOFTCAP=softcap > 0,
+            SEED=seed, SOFTCAP=softcap > 0,
             PRECISION="tf32" if allow_tf32 else "ieee",
             num_warps=config.num_warps, num_stages=config.num_stages,
             maxnreg=_registers(config, dtype_name(q), max(headdim, headdim_v)),
@@ -163,17 +173,17 @@ def decode(
         merge.merge_into(parts, lses, out, lse, seeded=seeded)
 
 
-def choose_splits(sequences: int, nheads_k: int, max_seqlen: int, num_sms: int) -> int:
-    """Return a num_splits that keeps num_sms multiprocessors busy. Pure; another changes bits."""
-    enough = -(-PROGRAMS_PER_SM * num_sms // max(sequences * nheads_k, 1))
+def choose_splits(batch: int, nheads_k: int, max_seqlen: int, num_sms: int) -> int:
+    """Return a num_splits that keeps num_sms SMs busy. Pure; another changes bits."""
+    enough = -(-PROGRAMS_PER_SM * num_sms // max(batch * nheads_k, 1))
     return max(1, min(enough, max_seqlen // KEYS_PER_SPLIT))
 
 
-def _check(q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, limits, seeded):
+def _check(q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, limits, sinks, seeded):
     for name, x in (("q", q), ("k", k), ("v", v)):
         check(x.dim() == 3, name, "3 dimensions, tokens, heads and headdim", tuple(x.shape))
         check(1 <= x.shape[-1] <= 256, name, "a headdim of 1 to 256", x.shape[-1])
-    check(page_table.dim() == 2, "page_table", "[sequences, pages]", tuple(page_table.shape))
+    check(page_table.dim() == 2, "page_table", "[batch, max_pages]", tuple(page_table.shape))
     (total_q, nheads, headdim), (slots, nheads_k, headdim_v) = q.shape, v.shape
     fits = nheads_k > 0 and nheads % nheads_k == 0
     check(fits, "nheads", f"a multiple of {nheads_k}", nheads)
@@ -189,6 +199,11 @@ def _check(q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, limits, seede
     if limits is not None:
         check(limits.shape == (total_q,), "limits", (total_q,), tuple(limits.shape))
         tables["limits"] = limits
+    if sinks is not None:
+        check(not seeded, "sinks", "None, as (out, lse) hold a state", "a tensor")
+        check(sinks.shape == (nheads,), "sinks", (nheads,), tuple(sinks.shape))
+        check_tensors(DTYPES, sinks=sinks)
+        check_tensors(q=q, sinks=sinks)
     check_tensors(q=q, k=k, v=v, out=out, lse=lse, **tables)
     check_tensors(DTYPES, q=q)
     check_tensors((q.dtype,), k=k, v=v)
@@ -213,12 +228,15 @@ def _check_numbers(max_seqlen_q, page_size, num_splits, softmax_scale, softcap):
 
 def _blocks(arch, headdim, headdim_v, dtype, rows):
     """Return the sizes of a program's blocks, for so many rows per sequence, and the config."""
+    itemsize = configs.DTYPES[dtype] // 8
     config = configs.pick("decode", arch, headdim, headdim_v, dtype)
     blocks = dict(
         BLOCK_M=min(max(triton.next_power_of_2(rows), FEWEST_ROWS), config.block_m),
         BLOCK_N=config.block_n,
         BLOCK_D=max(triton.next_power_of_2(headdim), 16),
         BLOCK_DV=max(triton.next_power_of_2(headdim_v), 16),
+        VECTOR=target.vector(headdim, itemsize),
+        VECTOR_V=target.vector(headdim_v, itemsize),
     )
     return blocks, config
 
@@ -239,6 +257,7 @@ def variants(arch: int) -> list[Variant]:
     """Return what offline compilation compiles: every tile of the table, and each option."""
     cases = [
         ("float16-d64-page3", "float16", 64, 64, 16, dict(page_size=3)),
+        ("bfloat16-d72", "bfloat16", 72, 72, 16, {}),
         ("bfloat16-d96-page1", "bfloat16", 96, 96, 8, dict(page_size=1)),
         ("bfloat16-d192-v128", "bfloat16", 192, 128, 16, {}),
         ("bfloat16-d256-seeded", "bfloat16", 256, 256, 16, dict(seeded=True, limits=True)),
@@ -271,12 +290,13 @@ def _variant(
     if not limits:
         constexprs["limits"] = None
     signature = dict.fromkeys(_decode.arg_names, "i32")
-    signature |= dict.fromkeys(("q", "k", "v"), pointer) | dict.fromkeys(("out", "lse"), "*fp32")
+    signature |= dict.fromkeys(("q", "k", "v"), pointer)
+    signature |= dict.fromkeys(("out", "lse", "sinks"), "*fp32")
     tables = ("page_table", "seqused_k", "cu_seqlens_q", "limits")
     signature |= dict.fromkeys(tables, "*i32") | dict(scale2="fp32", cap2="fp32")
     signature |= dict.fromkeys(constexprs, "constexpr")
-    pointers = [x for x in ("q", "k", "v", "out", "lse", *tables) if signature[x] != "constexpr"]
-    strides = ("q_row", "q_head", "k_slot", "k_head", "v_slot", "v_head", "out_row", "out_head")
+    pointers = [name for name, kind in signature.items() if kind.startswith("*")]
+    strides = ("out_row", *["out_head"] * (headdim_v % 16 == 0))
     return Variant(
         name=name,
         fn=_decode,

@@ -24,15 +24,25 @@ def scales(softmax_scale: float, softcap: float) -> tuple[float, float]:
 
 
 @triton.jit
-def load(at, inside, MASKED: tl.constexpr):
-    """Return an operand of a product, 0 outside."""
-    x = tl.load(at, mask=inside, other=0.0) if MASKED else tl.load(at)
+def load(at, there, ROW: tl.constexpr, BLOCK: tl.constexpr, AXIS: tl.constexpr):
+    """Return rows as an operand of a product: they lie along AXIS of `at`, which is BLOCK there.
+
+    there: which rows to read, [rows]; None: all. What is not read, or beyond a row's ROW elements,
+    is 0.
+    """
+    d = tl.expand_dims(tl.arange(0, BLOCK), 1 - AXIS)
+    if there is not None:
+        x = tl.load(at, mask=tl.expand_dims(there, AXIS) & (d < ROW), other=0.0)
+    elif ROW < BLOCK:
+        x = tl.load(at, mask=d < ROW, other=0.0)
+    else:
+        x = tl.load(at)
     return x.to(tl.float32) if INTERPRET else x
 
 
 @triton.jit
 def start(
-    out_at, lse_at, sink_at, inside, dv, HEADDIM_V: tl.constexpr, SEED: tl.constexpr,
+    out_at, lse_at, sink_at, inside, HEADDIM_V: tl.constexpr, SEED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Return (acc, top, mass) before the first block. SEED: "none", "state" or "sinks".
@@ -43,6 +53,7 @@ def start(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if SEED == "state":
+        dv = tl.arange(0, BLOCK_DV)
         top = tl.load(lse_at, mask=inside, other=float("-inf")) * LOG2E  # [BLOCK_M]
         there = inside[:, None] & (dv < HEADDIM_V)[None, :]
         acc = tl.load(out_at[:, None] + dv[None, :], mask=there, other=0.0)  # [BLOCK_M, BLOCK_DV]
@@ -84,8 +95,8 @@ def fold(
 
 @triton.jit
 def finish(
-    acc, top, mass, result_at, result_lse_at, lse_at, inside, dv, HEADDIM_V: tl.constexpr,
-    SEED: tl.constexpr,
+    acc, top, mass, result_at, result_lse_at, lse_at, inside, HEADDIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr, SEED: tl.constexpr,
 ):  # fmt: skip
     """Write the normalised out and its lse: (0, -inf) for a row that saw no key."""
     mass = tl.where(mass == 0.0, 1.0, mass)
@@ -97,6 +108,7 @@ def finish(
         before = tl.load(lse_at, mask=inside, other=float("-inf"))  # [BLOCK_M]
         lse = tl.where((top == before * LOG2E) & (mass == 1.0), before, lse)
     out = acc * inverse[:, None]
+    dv = tl.arange(0, BLOCK_DV)
     there = inside[:, None] & (dv < HEADDIM_V)[None, :]
     if SEED == "state":  # warps share rows: nobody writes the state before all have read it
         tl.debug_barrier()

@@ -17,9 +17,9 @@ from ringkern.kernels.softmax import finish, fold, load, scales, start
 from ringkern.kernels.target import check, tl, triton
 from ringkern.kernels.variant import Variant
 
-TILE = tl.constexpr(5)  # columns of a row of tiles
-PIECE = tl.constexpr(6)  # and of pieces
-LAST = tl.constexpr((1 << 31) - 1)  # beyond any position
+TILE = tl.constexpr(5)  # numbers of a tile in a cut.Table
+PIECE = tl.constexpr(6)  # and of a piece
+FARTHEST = tl.constexpr((1 << 31) - 1)  # beyond any position
 PHASES = configs.PHASES
 LONG = 4096  # queries, of variants: any number that fills tiles
 MANY_VALUES = 80  # scores and outs in a thread: few registers are left, and softcap takes some
@@ -36,80 +36,82 @@ def _step(
     result,  # [splits, batch, rows, nheads, headdim_v], from query row `row0` on
     result_lse,  # [splits, batch, nheads, rows]
     sinks,  # [nheads]
-    tiles, pieces, splits, row0, scale2, cap2,
+    tiles,  # [ntiles * splits, TILE]: q0, q1, begin, middle, end
+    pieces,  # [npieces, PIECE]: k0, k1, lo, hi, q_stride, k_stride
+    splits, row0, scale2, cap2,  # strides of q, k and v are in vectors of VECTOR elements
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     out_batch, out_row, out_head, lse_batch, lse_head, lse_row,
-    result_part, result_batch, result_row, result_head,
-    result_lse_part, result_lse_batch, result_lse_head, result_lse_row,
+    result_split, result_batch, result_row, result_head,
+    result_lse_split, result_lse_batch, result_lse_head, result_lse_row,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
     SEED: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, NEGATE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, VECTOR: tl.constexpr, VECTOR_V: tl.constexpr,
 ):  # fmt: skip
-    # Grid: tiles and their parts, heads (of K and V if packed), batch.
-    index, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    q0, q1 = tl.load(tiles + index * TILE), tl.load(tiles + index * TILE + 1)
-    begin, middle = tl.load(tiles + index * TILE + 2), tl.load(tiles + index * TILE + 3)
-    end = tl.load(tiles + index * TILE + 4)
-    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    # Grid: tiles and their splits, heads (of K and V if packed), batch.
+    index, head_or_group = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    tiles += index * TILE
+    q0, q1, begin = tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2)
+    middle, end = tl.load(tiles + 3), tl.load(tiles + 4)
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    head = tl.program_id(1).to(tl.int64) + m * 0  # [BLOCK_M], as token
-    token = m
-    head_k = tl.program_id(1).to(tl.int64)
-    if PACKED:
-        token, head = m // GROUP, head * GROUP + m % GROUP
+    if PACKED:  # a row of the tile is a token and one of a group's heads
+        head_k = head_or_group
+        token, head = m // GROUP, head_k * GROUP + m % GROUP  # [BLOCK_M]
     else:
-        head_k = head_k // GROUP
-    inside = token < q1 - q0
-    row = q0.to(tl.int64) + token
+        head_k = head_or_group // GROUP
+        token, head = m, head_or_group + m * 0  # [BLOCK_M]
+    inside = token < q1 - q0  # [BLOCK_M]
+    row = q0.to(tl.int64) + token  # [BLOCK_M]
 
-    part = (index % splits).to(tl.int64) if SPLIT else 0
-    seeded = inside & (part == 0)
-    out_at = out + batch * out_batch + row * out_row + head * out_head
+    split = (index % splits).to(tl.int64) if SPLIT else 0
+    seeded = inside & (split == 0)
+    out_at = out + batch * out_batch + row * out_row + head * out_head  # [BLOCK_M], as lse_at
     lse_at = lse + batch * lse_batch + row * lse_row + head * lse_head
-    acc, top, mass = start(
-        out_at, lse_at, sinks + head, seeded, dv, HEADDIM_V, SEED, BLOCK_M, BLOCK_DV
-    )
-    q_at = (q + batch * q_batch + row * q_row + head * q_head)[:, None] + d[None, :]
-    q_tile = load(q_at, inside[:, None] & (d < HEADDIM)[None, :], True)  # [BLOCK_M, BLOCK_D]
+    acc, top, mass = start(out_at, lse_at, sinks + head, seeded, HEADDIM_V, SEED, BLOCK_M, BLOCK_DV)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q += (batch * q_batch + row * q_row + head * q_head)[:, None] * VECTOR + d[None, :]
+    q_tile = load(q, inside, HEADDIM, BLOCK_D, 1)  # [BLOCK_M, BLOCK_D]
     if NEGATE:  # scale2 is positive, so that the largest product is the largest score
         q_tile = -q_tile
 
-    k_row, v_row = tl.cast(k_row, tl.int64), tl.cast(v_row, tl.int64)
-    kt_at = k + batch * k_batch + head_k * k_head + d[:, None] + n[None, :] * k_row
-    v_at = v + batch * v_batch + head_k * v_head + n[:, None] * v_row + dv[None, :]
-    # Whole blocks of keys that all rows see: kt is [BLOCK_D, BLOCK_N], v_tile [BLOCK_N, BLOCK_DV].
+    k_row, v_row = tl.cast(k_row, tl.int64) * VECTOR, tl.cast(v_row, tl.int64) * VECTOR_V
+    kt_at = k + (batch * k_batch + head_k * k_head) * VECTOR + n[None, :] * k_row + d[:, None]
+    v_at = v + (batch * v_batch + head_k * v_head) * VECTOR_V + n[:, None] * v_row + dv[None, :]
+    # Whole blocks of keys that all rows see.
     for piece in range(begin, middle):
-        k0, k1 = tl.load(pieces + piece * PIECE), tl.load(pieces + piece * PIECE + 1)
+        piece_at = pieces + piece * PIECE
+        k0, k1 = tl.load(piece_at), tl.load(piece_at + 1)
         for j in tl.range(k0, k1, BLOCK_N):
-            kt = load(kt_at + j * k_row, (d < HEADDIM)[:, None], HEADDIM < BLOCK_D)
-            v_tile = load(v_at + j * v_row, (dv < HEADDIM_V)[None, :], HEADDIM_V < BLOCK_DV)
+            kt = load(kt_at + j * k_row, None, HEADDIM, BLOCK_D, 0)  # [BLOCK_D, BLOCK_N]
+            v_block = load(v_at + j * v_row, None, HEADDIM_V, BLOCK_DV, 1)  # [BLOCK_N, BLOCK_DV]
             acc, top, mass = fold(
-                acc, top, mass, q_tile, kt, v_tile, None, scale2, cap2, False, SOFTCAP, PRECISION
+                acc, top, mass, q_tile, kt, v_block, None, scale2, cap2, False, SOFTCAP, PRECISION
             )
     # Keys under a mask: token t sees key k0 + i iff lo <= i * k_stride - t * q_stride <= hi.
     for piece in range(middle, end):
-        k0, k1 = tl.load(pieces + piece * PIECE), tl.load(pieces + piece * PIECE + 1)
-        behind = token * tl.load(pieces + piece * PIECE + 4)  # [BLOCK_M]
-        low = tl.load(pieces + piece * PIECE + 2) + behind
-        high = tl.minimum(tl.load(pieces + piece * PIECE + 3), -behind + LAST) + behind
-        k_stride = tl.load(pieces + piece * PIECE + 5)
+        piece_at = pieces + piece * PIECE
+        k0, k1 = tl.load(piece_at), tl.load(piece_at + 1)
+        lo, hi = tl.load(piece_at + 2), tl.load(piece_at + 3)
+        q_stride, k_stride = tl.load(piece_at + 4), tl.load(piece_at + 5)
+        behind = token * q_stride  # [BLOCK_M], as low and high
+        low, high = lo + behind, tl.minimum(hi, -behind + FARTHEST) + behind
         for j in tl.range(k0, k1, BLOCK_N):
             there = j + n < k1  # [BLOCK_N]
-            kt = load(kt_at + j * k_row, there[None, :] & (d < HEADDIM)[:, None], True)
-            v_tile = load(v_at + j * v_row, there[:, None] & (dv < HEADDIM_V)[None, :], True)
-            ahead = tl.where(there, (j - k0 + n) * k_stride, -LAST)[None, :]
+            kt = load(kt_at + j * k_row, there, HEADDIM, BLOCK_D, 0)  # [BLOCK_D, BLOCK_N]
+            v_block = load(v_at + j * v_row, there, HEADDIM_V, BLOCK_DV, 1)  # [BLOCK_N, BLOCK_DV]
+            ahead = tl.where(there, (j - k0 + n) * k_stride, -FARTHEST)[None, :]
             visible = (ahead >= low[:, None]) & (ahead <= high[:, None])  # [BLOCK_M, BLOCK_N]
             acc, top, mass = fold(
-                acc, top, mass, q_tile, kt, v_tile, visible, scale2, cap2, True, SOFTCAP, PRECISION
+                acc, top, mass, q_tile, kt, v_block, visible, scale2, cap2, True, SOFTCAP, PRECISION
             )
 
     row -= row0
-    result_at = result + part * result_part + batch * result_batch
-    result_at += row * result_row + head * result_head  # [BLOCK_M]
-    result_lse_at = result_lse + part * result_lse_part + batch * result_lse_batch
-    result_lse_at += row * result_lse_row + head * result_lse_head  # [BLOCK_M]
-    finish(acc, top, mass, result_at, result_lse_at, lse_at, inside, dv, HEADDIM_V, SEED)
+    result += split * result_split + batch * result_batch
+    result_lse += split * result_lse_split + batch * result_lse_batch
+    result_at = result + row * result_row + head * result_head  # [BLOCK_M], as result_lse_at
+    result_lse_at = result_lse + row * result_lse_row + head * result_lse_head
+    finish(acc, top, mass, result_at, result_lse_at, lse_at, inside, HEADDIM_V, BLOCK_DV, SEED)
 
 
 def step(
@@ -121,8 +123,8 @@ def step(
     Args:
         q: [batch, seqlen_q, nheads, headdim], float16, bfloat16 or float32. The last dimension of
             every tensor but lse must be contiguous. Other strides are free, but in q, k and v they
-            and the address must be multiples of 16 bytes, where headdim is. A headdim that 16
-            does not divide is several times slower.
+            and the address must be multiples of 16 bytes, where a row is. One of other rows is
+            several times slower.
         k, v: [batch, seqlen_k, nheads_k, headdim] and [..., headdim_v], of q's dtype.
         out: [batch, seqlen_q, nheads, headdim_v] float32, normalised; None in phase "only".
         lse: [batch, nheads, seqlen_q] float32, natural log, +inf excepted; -inf where nothing was
@@ -175,10 +177,10 @@ def _launch(
     grid = len(table.tiles), q.shape[2] // cut.group, q.shape[0]
     _step[grid](
         q, k, v, out, lse, result, result_lse, sinks, table.tiles, table.pieces, table.splits, row0,
-        *scales(abs(softmax_scale), softcap), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *out.stride()[:3], *lse.stride(), *result.stride()[:4], *result_lse.stride(),
+        *scales(abs(softmax_scale), softcap),
+        *target.vector_strides(q, k, v), *out.stride()[:3], *lse.stride(), *result.stride()[:4], *result_lse.stride(),
         **_constexprs(
-            cut, q.shape[2] // k.shape[2], q.shape[3], v.shape[3], seed, table.splits > 1,
+            cut, q.shape[2] // k.shape[2], q.shape[3], v.shape[3], q.itemsize, seed, table.splits > 1,
             softcap != 0, softmax_scale < 0, "tf32" if allow_tf32 else "ieee",
         ),
         num_warps=cut.num_warps, num_stages=cut.num_stages,
@@ -186,12 +188,13 @@ def _launch(
     )  # fmt: skip
 
 
-def _constexprs(cut, group, headdim, headdim_v, seed, split, softcap, negate, precision):
+def _constexprs(cut, group, headdim, headdim_v, itemsize, seed, split, softcap, negate, precision):
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (headdim, headdim_v))
     return dict(
         HEADDIM=headdim, HEADDIM_V=headdim_v, BLOCK_D=block_d, BLOCK_DV=block_dv,
         BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, GROUP=group, PACKED=cut.group > 1, SEED=seed,
         SPLIT=split, SOFTCAP=softcap, NEGATE=negate, PRECISION=precision,
+        VECTOR=target.vector(headdim, itemsize), VECTOR_V=target.vector(headdim_v, itemsize),
     )  # fmt: skip
 
 
@@ -288,6 +291,7 @@ def variants(arch: int) -> list[Variant]:
                 add("float16", 3 * d // 4, phase, rows, softcap=True)
     return found + [
         _variant(arch, "bfloat16-d192-dv128-middle", bf16, 192, 128, LONG, "middle"),
+        _variant(arch, "bfloat16-d72-middle", bf16, 72, 72, LONG, "middle"),
         _variant(arch, "bfloat16-d128-first-sinks", bf16, 128, 128, LONG, "first", sinks=True),
         _variant(arch, "float32-d128-tf32", "float32", 128, 128, LONG, "middle", precision="tf32"),
     ]
@@ -299,8 +303,9 @@ def _variant(
 ):  # fmt: skip
     cut = choose_cut(64, 8, headdim, headdim_v, dtype, arch, tokens, phase)
     seed = "none" if split and phase == "middle" else _seed(phase, sinks)
+    itemsize = configs.DTYPES[dtype] // 8
     constexprs = _constexprs(
-        cut, 8, headdim, headdim_v, seed, split, softcap, False, precision
+        cut, 8, headdim, headdim_v, itemsize, seed, split, softcap, False, precision
     ) | dict(lse_row=1, result_lse_row=1)
     pointer = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[dtype]
     signature = dict.fromkeys(_step.arg_names, "i32") | dict.fromkeys(constexprs, "constexpr")
@@ -309,8 +314,10 @@ def _variant(
     if phase in ("last", "only") and not split:
         signature["result"] = pointer
     signature |= dict(tiles="*i32", pieces="*i32")
-    plain = ("splits", "row0", "scale2", "cap2", "lse_batch", "lse_head", "result_lse_part")
+    plain = ("splits", "row0", "scale2", "cap2", "lse_batch", "lse_head", "result_lse_split")
     plain += ("result_lse_batch", "result_lse_head")
+    plain += ("out_head", "result_head") * (headdim_v % 16 > 0)
+    plain += tuple(x for x in signature if x[:2] in ("q_", "k_", "v_"))  # in vectors: any number
     expects = {"pipelined"}
     if tokens == LONG and dtype != "float32" and arch == 90:
         expects.add("wgmma")

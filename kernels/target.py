@@ -60,13 +60,31 @@ def check_tensors(dtypes=None, **tensors: torch.Tensor) -> None:
         check(fits, name, " or ".join(map(str, dtypes or ())), x.dtype)
 
 
+def vector(headdim: int, itemsize: int) -> int:
+    """Return of how many elements the vectors are that a row is made of; 1 if it is not.
+
+    Kernels take strides of aligned tensors in vectors, and multiply: of strides in elements the
+    compiler sees multiples of 16 alone, and it copies rows of 72 piece by piece.
+    """
+    return 1 if headdim * itemsize % VECTOR_BYTES else VECTOR_BYTES // itemsize
+
+
+def vector_strides(*tensors: torch.Tensor) -> list[int]:
+    """Return the strides of aligned tensors in vectors, but for their last dimensions'."""
+    return [
+        stride // vector(x.shape[-1], x.element_size())
+        for x in tensors
+        for stride in x.stride()[:-1]
+    ]
+
+
 def is_aligned(x: torch.Tensor) -> bool:
     """Return whether all rows of x, of its last dimension, begin where a vector can.
 
     True for rows that are not whole vectors: no layout of them is better.
     """
     size = x.element_size()
-    if x.shape[-1] * size % VECTOR_BYTES or not x.numel():
+    if vector(x.shape[-1], size) == 1 or not x.numel():
         return True
     steps = (step for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
     return not any(start % VECTOR_BYTES for start in (x.data_ptr(), *(s * size for s in steps)))

@@ -301,6 +301,8 @@ def test_sinks_are_a_state(num_splits):
     lse = sinks[:, None].expand(4, 3).to(DEVICE).clone()
     run(case, out=out, lse=lse, num_splits=num_splits, seeded=True)
     assert_right(case, out, lse, "sinks", sinks=sinks)
+    again = run(case, num_splits=num_splits, sinks=sinks.to(DEVICE))
+    assert_right(case, *again, "sinks as an argument", sinks=sinks)
 
 
 def test_nothing_to_attend_is_no_launch():
@@ -331,9 +333,12 @@ REFUSALS = [
     (dict(lse=lambda x: x.half()), "lse: want torch.float32"),
     (dict(lse=lambda x: x.to("meta")), "lse: want a tensor on"),
     (dict(page_table=lambda x: x.long()), "page_table: want torch.int32, got torch.int64"),
-    (dict(page_table=lambda x: x[0]), r"page_table: want \[sequences, pages\]"),
+    (dict(page_table=lambda x: x[0]), r"page_table: want \[batch, max_pages\]"),
     (dict(seqused_k=lambda x: x[:1]), r"seqused_k: want \(2,\), got \(1,\)"),
     (dict(cu_seqlens_q=lambda x: x[:2]), r"cu_seqlens_q: want \(3,\), got \(2,\)"),
+    (dict(sinks=torch.zeros(2, device=DEVICE)), r"sinks: want \(4,\), got \(2,\)"),
+    (dict(sinks=torch.zeros(4, device=DEVICE).int()), "sinks: want .*, got torch.int32"),
+    (dict(sinks=torch.zeros(4, device=DEVICE), seeded=True), "sinks: want None"),
     (dict(limits=torch.zeros(2, dtype=torch.int32)), r"limits: want \(3,\), got \(2,\)"),
     (dict(page_size=0), "page_size: want 1 or more, got 0"),
     (dict(num_splits=0), "num_splits: want 1 or more, got 0"),

@@ -157,8 +157,9 @@ def test_decode_merge_and_copies_compile():
     ints = dict(dtype=torch.int32, device=DEVICE)
     page_table = torch.tensor([[2, 0], [1, 0]], **ints)
     lengths, edges = torch.tensor([13, 5], **ints), torch.tensor([0, 1, 2], **ints)
-    args = (q, k, v, out, lse, page_table, lengths, edges, 1, 8, 0.25, 0.0, None, 2, True, False)
-    check(torch.ops.ringkern.decode.default, *args)
+    args = (q, k, v, out, lse, page_table, lengths, edges, 1, 8, 0.25, 0.0, None)
+    check(torch.ops.ringkern.decode.default, *args, None, 2, True, False)
+    check(torch.ops.ringkern.decode.default, *args, torch.zeros(4, device=DEVICE), 2, False, False)
     outs, lses = tensors((3, 1, 5, 2, 8), (3, 1, 2, 5))
     check(
         torch.ops.ringkern.merge_into.default, outs, lses, *tensors((1, 5, 2, 8), (1, 2, 5)), True

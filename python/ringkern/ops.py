@@ -6,6 +6,9 @@ Here are the Triton kernels; attn.py has ringkern::attn, attn_varlen and merge. 
 torch.export trace through them: an operator is opaque, writes what its schema says, and returns
 nothing. Arguments, shapes and errors are those of the kernel of the same name; a step's Table and
 Cut are spelt out, as operators take tensors, numbers and strings alone.
+
+What they write has no gradient, and torch lets an operator that writes its arguments not refuse to
+be asked for one: call them under torch.no_grad().
 """
 
 from collections.abc import Sequence
@@ -60,6 +63,7 @@ def decode(
     softmax_scale: float,
     softcap: float,
     limits: Tensor | None,
+    sinks: Tensor | None,
     num_splits: int,
     seeded: bool,
     allow_tf32: bool,
@@ -68,10 +72,9 @@ def decode(
     from ringkern.kernels import decode as kernel
 
     options = dict(max_seqlen_q=max_seqlen_q, page_size=page_size, softmax_scale=softmax_scale)
-    options |= dict(softcap=softcap, limits=limits, num_splits=num_splits, seeded=seeded)
-    kernel.decode(
-        q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, **options, allow_tf32=allow_tf32
-    )
+    options |= dict(softcap=softcap, limits=limits, sinks=sinks, num_splits=num_splits)
+    options |= dict(seeded=seeded, allow_tf32=allow_tf32)
+    kernel.decode(q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, **options)
 
 
 @torch.library.custom_op("ringkern::merge_into", mutates_args=("out", "lse"))
