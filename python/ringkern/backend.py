@@ -15,7 +15,9 @@ MAX_HEADDIM = 256  # of the Triton kernels
 DTYPES = ("float16", "bfloat16", "float32")  # of theirs; torch merges float64 as well
 
 
-def pick_backend(asked: str, device: torch.device, problem: Problem | None = None) -> str:
+def pick_backend(
+    asked: str, device: torch.device, problem: Problem | None = None, what: str = "attention"
+) -> str:
     """Return "triton" or "torch", whichever computes this problem here.
 
     "auto" is RINGKERN_BACKEND if that is set; else Triton on CUDA devices, torch on the CPU. Where
@@ -24,6 +26,7 @@ def pick_backend(asked: str, device: torch.device, problem: Problem | None = Non
     Args:
         asked: one of BACKENDS.
         problem: None: any.
+        what: is computed, in words.
 
     Raises:
         UnsupportedError: what was asked for cannot, and why.
@@ -34,7 +37,7 @@ def pick_backend(asked: str, device: torch.device, problem: Problem | None = Non
         hint = 'Use "torch", or "triton" on a GPU.'
         raise UnsupportedError(f'backend "hopper": this version has no such kernels. {hint}')
     if device.type not in ("cpu", "cuda"):
-        raise UnsupportedError(f"attention on {device.type}: want tensors on the CPU or on CUDA.")
+        raise UnsupportedError(f"{what} on {device.type}: want tensors on the CPU or on CUDA.")
     if asked == "torch" or (asked == "auto" and device.type == "cpu"):
         return "torch"
     widest = max(problem.headdim, problem.headdim_v) if problem else 1
@@ -43,7 +46,7 @@ def pick_backend(asked: str, device: torch.device, problem: Problem | None = Non
         return "triton"
     if asked == "triton":
         raise UnsupportedError(f'backend "triton": {reason}')
-    _warn(reason)
+    _warn(what, reason)
     return "torch"
 
 
@@ -70,7 +73,7 @@ def why_not_triton(device: torch.device, headdim: int, dtype: str) -> str:
 
 
 @functools.cache
-def _warn(reason: str) -> None:
+def _warn(what: str, reason: str) -> None:
     """Say once that a slower way is taken."""
-    message = f"attention computes with torch, which is slower, as Triton cannot: {reason}"
+    message = f"{what} computes with torch, which is slower, as Triton cannot: {reason}"
     warnings.warn(message, RuntimeWarning, stacklevel=5)

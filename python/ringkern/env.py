@@ -46,9 +46,9 @@ def lanes() -> int:
 
 
 def num_splits() -> int:
-    """Return RINGKERN_NUM_SPLITS, 1 to 32; 0 if it is not set."""
+    """Return RINGKERN_NUM_SPLITS, 1 to 128; 0 if it is not set."""
     name = "RINGKERN_NUM_SPLITS"
-    return whole(name, 32, least=1) if name in os.environ else 0
+    return whole(name, 128, least=1) if name in os.environ else 0
 
 
 def whole(name: str, most: int, least: int = 0) -> int:

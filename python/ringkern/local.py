@@ -17,21 +17,28 @@ from ringkern.types import Problem
 from ringkern.upload import upload
 
 
-def make_state(q, headdim_v: int, sinks=None, out=None):
-    """Return the running (out, lse) before any key was seen, float32; out in `out` if given.
+def clear_state(out, lse, sinks=None) -> None:
+    """Make (out, lse) what they are before any key was seen.
 
-    q [batch, seqlen, nheads, headdim]. A sink is a key with a value of zero that every query of
-    its head sees: the state starts with lse = sink instead of -inf.
+    A sink is a key with a value of zero that every query of its head sees: the state starts with
+    lse = sink instead of -inf.
+    """
+    out.zero_()
+    if sinks is None:
+        lse.fill_(float("-inf"))
+    else:
+        lse.copy_(sinks[None, :, None].expand_as(lse))
+
+
+def make_state(q, headdim_v: int, sinks=None):
+    """Return the running (out, lse) before any key was seen, float32.
+
+    q [batch, seqlen, nheads, headdim]; out [..., headdim_v], lse [batch, nheads, seqlen].
     """
     batch, seqlen, nheads, _ = q.shape
-    if out is None:
-        out = q.new_zeros(batch, seqlen, nheads, headdim_v, dtype=torch.float32)
-    else:
-        out.zero_()
-    if sinks is None:
-        lse = q.new_full((batch, nheads, seqlen), float("-inf"), dtype=torch.float32)
-    else:
-        lse = sinks.float()[None, :, None].repeat(batch, 1, seqlen)
+    out = q.new_empty(batch, seqlen, nheads, headdim_v, dtype=torch.float32)
+    lse = q.new_empty(batch, nheads, seqlen, dtype=torch.float32)
+    clear_state(out, lse, sinks)
     return out, lse
 
 
@@ -39,7 +46,7 @@ class _Spans(NamedTuple):
     """What step_torch takes beside q, k, v and the state."""
 
     spans: list[list[int]]
-    fresh: bool
+    phase: str
 
 
 class _Tiles(NamedTuple):
@@ -54,6 +61,7 @@ class _Decode(NamedTuple):
 
     tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     options: dict[str, int]
+    phase: str
 
 
 def prepare(
@@ -75,14 +83,14 @@ def prepare(
         rows: of the query tensor.
         page_size: of the cache that K and V are slots of; None: they are packed.
         phase: "middle" adds to a state. "first": the state has seen no key yet, need not hold
-            anything, and all of it is written. "only": likewise, and nothing comes after.
+            anything, and all of it is written. Of triton: "last", after which comes nothing, and
+            out is written in q's dtype; "only", both at once.
         room: pages of the cache, for work that refill() can give other spans, as CUDA graphs need
             it: decode by the Triton kernels, one query per sequence. None: for these spans only.
 
     Raises:
         UnsupportedError: room was asked for, and this is not such work.
     """
-    fresh = phase != "middle"
     if room:
         table = _fixed_table(spans, rows, page_size) if backend == "triton" else None
         if table is None:
@@ -90,21 +98,21 @@ def prepare(
                 "attention in a graph: want Triton's kernels and whole pages of keys for each row, "
                 f"got backend {backend!r}, page_size {page_size}, {rows} rows."
             )
-        return _prepare_decode(table, problem, device, fresh, room)
+        return _prepare_decode(table, problem, device, phase, room)
     if backend == "torch":
-        return _Spans(spans.tolist(), fresh)
+        return _Spans(spans.tolist(), phase)
     if page_size and problem.batch == 1:
         table = make_decode_table(spans, rows, page_size)
         if table:
-            return _prepare_decode(table, problem, device, fresh)
+            return _prepare_decode(table, problem, device, phase)
     from ringkern.kernels import cut, target
 
     heads = problem.nheads, problem.nheads_k, problem.headdim, problem.headdim_v
     tokens = int((spans[:, 1] - spans[:, 0]).max(initial=1))
     how = cut.choose_cut(*heads, problem.dtype, target.arch(device), tokens, phase)
     fixed = env.num_splits()
-    fill = cut.tiles_to_fill(how, problem.batch, problem.nheads, _processors(device))
-    whole = rows if fresh else 0  # tiles also of queries that see no key
+    fill = cut.tiles_to_fill(how, problem.batch, problem.nheads, _num_sms(device))
+    whole = 0 if phase == "middle" else rows  # tiles also of queries that see no key
     table = tile_table.make_tiles(
         spans, how.block_q, how.block_n, rows=whole, fill=fill, splits=fixed
     )
@@ -115,7 +123,7 @@ def _fixed_table(spans, rows: int, page_size: int | None):
     return make_decode_table(spans, rows, page_size, each_row=True) if page_size else None
 
 
-def _prepare_decode(table, problem, device, fresh, room: int | None = None) -> _Decode:
+def _prepare_decode(table, problem, device, phase, room: int | None = None) -> _Decode:
     from ringkern.kernels.decode import choose_splits
 
     sequences, longest = np.count_nonzero(table.seqused_k), int(table.seqused_k.max(initial=0))
@@ -126,12 +134,12 @@ def _prepare_decode(table, problem, device, fresh, room: int | None = None) -> _
         page_table[:, : table.page_table.shape[1]] = table.page_table
     else:
         queries = queries[table.seqused_k > 0]
-    sms = _processors(device)
-    splits = env.num_splits() or choose_splits(sequences, problem.nheads_k, longest, sms)
+    num_sms = _num_sms(device)
+    splits = env.num_splits() or choose_splits(sequences, problem.nheads_k, longest, num_sms)
     arrays = page_table, table.seqused_k, table.cu_seqlens_q
     tables = tuple(upload(x, device) for x in arrays)
-    options = dict(page_size=table.page_size, num_splits=splits, seeded=not fresh)
-    return _Decode(tables, options | dict(max_seqlen_q=int(queries.max())))
+    options = dict(page_size=table.page_size, num_splits=splits, max_seqlen_q=int(queries.max()))
+    return _Decode(tables, options, phase)
 
 
 def refill(work: _Decode, spans: np.ndarray, rows: int) -> None:
@@ -148,29 +156,36 @@ def refill(work: _Decode, spans: np.ndarray, rows: int) -> None:
     upload(table.seqused_k, seqused_k.device, seqused_k)
 
 
-def step(q, k, v, out, lse, work, problem: Problem) -> None:
+def step(q, k, v, out, lse, work, problem: Problem, *, sinks=None, result=None) -> None:
     """Add the keys of the spans to the running (out, lse), in place. Shapes as in step_torch.
 
-    work: as prepare() returned it.
+    Args:
+        work: as prepare() returned it; its phase says what is read and written.
+        sinks: [nheads], in phases "first" and "only": what a state starts from.
+        result: of out's shape in q's dtype, written in its place in phases "last" and "only", the
+            second of which has no use for out.
     """
-    scores = dict(softmax_scale=problem.softmax_scale, softcap=problem.softcap)
+    options = dict(softmax_scale=problem.softmax_scale, softcap=problem.softcap)
     if isinstance(work, _Spans):
-        if work.fresh:
-            out.zero_()
-            lse.fill_(float("-inf"))
-        step_torch.step(q, k, v, out, lse, work.spans, **scores)
+        if work.phase == "first":
+            clear_state(out, lse, sinks)
+        step_torch.step(q, k, v, out, lse, work.spans, **options)
         return
-    scores["allow_tf32"] = _allow_tf32()
-    q, k, v = _aligned(q=q, k=k, v=v)
+    options |= dict(sinks=sinks, allow_tf32=_allow_tf32())
+    q, k, v = align(q=q, k=k, v=v)
     if isinstance(work, _Decode):
         from ringkern.kernels.decode import decode
 
-        packed = q[0], k[0], v[0], out[0], lse[0]
-        decode(*packed, *work.tables, **work.options, **scores)
+        written = result if work.phase == "only" else out
+        packed = q[0], k[0], v[0], written[0], lse[0]
+        seeded = work.phase in ("middle", "last")
+        decode(*packed, *work.tables, **work.options, **options, seeded=seeded)
+        if work.phase == "last":
+            result.copy_(out)
     else:
         from ringkern.kernels import step as kernel
 
-        kernel.step(q, k, v, out, lse, work.table, phase=work.phase, **scores)
+        kernel.step(q, k, v, out, lse, work.table, phase=work.phase, result=result, **options)
 
 
 def attend(q, k, v, spans: np.ndarray, problem: Problem, sinks, backend: str):
@@ -185,25 +200,20 @@ def attend(q, k, v, spans: np.ndarray, problem: Problem, sinks, backend: str):
         work = prepare(spans, problem, q.device, "torch", rows=seqlen_q)
         step(q, k, v, out, lse, work, problem)
         return out.to(q.dtype), lse
-    from ringkern.kernels import step as kernel
-
     if captures(q.device):  # its tables would be the capture's, and gone when the graph runs
         raise UnsupportedError(
             "attention in a CUDA graph: want a ring's call, whose tables stay, got one on its own. "
             "Use ringkern.DecodeGraphs, or call it outside of the graph."
         )
-    q, k, v = _aligned(q=q, k=k, v=v)
     work = prepare(spans, problem, q.device, backend, rows=seqlen_q, phase="only")
     out = q.new_empty(batch, seqlen_q, nheads, problem.headdim_v)
     lse = q.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
-    options = dict(softmax_scale=problem.softmax_scale, softcap=problem.softcap)
-    options |= dict(phase="only", result=out, sinks=sinks, allow_tf32=_allow_tf32())
-    kernel.step(q, k, v, None, lse, work.table, **options)
+    step(q, k, v, None, lse, work, problem, sinks=sinks, result=out)
     return out, lse
 
 
-def _aligned(**tensors):
-    """Return the tensors as the kernels take them: copies of those whose rows begin elsewhere."""
+def align(**tensors):
+    """Return tensors as Triton's kernels take them: copies of those whose rows begin elsewhere."""
     from ringkern.kernels import target
 
     found = []
@@ -244,7 +254,7 @@ def scatter_rows(x, slots, pool, backend: str) -> None:
 
 def merge_(out, lse, part_out, part_lse) -> None:
     """Merge a part into the running (out, lse), in place: float32; part_out in any dtype."""
-    if pick_backend("auto", out.device, _merging(out.shape[-1], out.dtype)) == "triton":
+    if pick_backend("auto", out.device, _merging(out.shape[-1], out.dtype), "merge") == "triton":
         from ringkern.kernels import merge as kernel
 
         kernel.merge_(out, lse, part_out, part_lse)
@@ -255,7 +265,7 @@ def merge_(out, lse, part_out, part_lse) -> None:
 def merge(outs, lses):
     """Return (out, lse) of all parts together; out in outs' dtype, lse float32."""
     asked = outs.device, _merging(outs.shape[-1], outs.dtype)
-    if outs.numel() and pick_backend("auto", *asked) == "triton":
+    if outs.numel() and pick_backend("auto", *asked, "merge") == "triton":
         from ringkern.kernels import merge as kernel
 
         return kernel.merge(outs.contiguous(), lses.float())
@@ -276,8 +286,8 @@ def _allow_tf32() -> bool:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    """Return the multiprocessors of a GPU; 1 for the interpreter."""
+def _num_sms(device: torch.device) -> int:
+    """Return how many streaming multiprocessors (SMs) a GPU has; 1 for the interpreter."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -7,7 +7,11 @@ import torch
 from ringkern import local
 from ringkern.blocks import Blocks, Pool
 from ringkern.plan import Plan
-from ringkern.types import Problem, Step
+from ringkern.types import Move, Problem, Step, Work
+
+# Of a step, by whether a state begins with it, and whether it ends.
+PHASES = {(True, False): "first", (False, False): "middle", (False, True): "last"}
+PHASES[True, True] = "only"
 
 
 class _Work(NamedTuple):
@@ -16,7 +20,9 @@ class _Work(NamedTuple):
     q: torch.Tensor | None  # this rank's queries
     kv: tuple[torch.Tensor, torch.Tensor] | None  # this rank's K and V
     state: tuple[torch.Tensor, torch.Tensor] | None  # of this rank's queries
+    sinks: bool  # whether the state starts here, from the sinks
     task: object  # as local.prepare() returns it
+    begins: bool = False  # writes a state of which nothing was made yet
 
 
 class _Ready(NamedTuple):
@@ -59,6 +65,17 @@ class Program:
         self._plan, self._problem, self._rank = plan, problem, rank
         self._device, self._backend = device, backend
         self._page_size, self._room = page_size, room
+        # What changes the state of this rank's queries, in order: its work, and parts that come.
+        changes = [
+            change
+            for step in schedule
+            for change in (*step.work, *(move for move in step.recvs if move.kind == "part"))
+            if isinstance(change, Move) or change.q_rank == rank
+        ]
+        self._first, self._last = (changes[0], changes[-1]) if changes else (None, None)
+        # Only Triton's kernels write out in another dtype than that of the state.
+        self._writes_result = backend == "triton" and dtype != torch.float32
+        self._writes_result &= isinstance(self._last, Work)
         sent = {(move.kind, move.rank) for step in schedule for move in step.sends}
         self.sends_q = ("q", rank) in sent
         # Room for this rank's K and V on the wire, to be filled before each run; None: they stay.
@@ -68,7 +85,8 @@ class Program:
             if ("kv", rank) in sent:
                 blocks.take("kv", rank, plan.kv_tokens(rank))
                 self.kv_room = blocks.kv(rank)
-            self.out = blocks.make_out(rank)  # the running one; None: every call has its own
+            # The running out; None where the call's own result is that, or nothing runs on.
+            self._out = blocks.make_out(rank)
             self._steps = [self._make_ready(step, blocks) for step in schedule]
         blocks.drop_all()
 
@@ -112,6 +130,8 @@ class Program:
 
     def _make_work(self, work, blocks):
         mine, stays = work.q_rank == self._rank, work.kv_rank == self._rank
+        begins = work is self._first or not mine
+        ends = work is self._last and self._writes_result
         where = self._problem, self._device, self._backend
         rows = self._plan.num_tokens(work.q_rank)
         page_size = self._page_size if stays else None
@@ -119,12 +139,13 @@ class Program:
             None if mine else blocks.q(work.q_rank),
             None if stays else blocks.kv(work.kv_rank),
             None if mine else blocks.make_part(work.q_rank),
+            mine and begins,
             local.prepare(
                 work.spans,
                 *where,
                 rows=rows,
                 page_size=page_size,
-                phase="middle" if mine else "first",
+                phase=PHASES[begins, ends],
                 room=self._room,
             ),
         )
@@ -140,8 +161,8 @@ class Program:
             for work, made in zip(step.work, ready.works, strict=True):
                 local.refill(made.task, work.spans, plan.num_tokens(work.q_rank))
 
-    def run(self, link, stats, q, own_kv, state) -> None:
-        """Add the keys of every rank to the state of this rank's queries.
+    def run(self, link, stats, q, own_kv, sinks=None):
+        """Return (out, lse) of this rank's queries against the keys of every rank.
 
         One loop for every method: post the messages, attend with what is at hand, wait, merge the
         parts that have come.
@@ -149,9 +170,21 @@ class Program:
         Args:
             q: [batch, n_local, nheads, headdim]; contiguous if sends_q.
             own_kv: this rank's K and V, as the spans of its own work count them.
-            state: (out, lse), both float32, as local.make_state() returns them.
+            sinks: [nheads], or None.
+
+        Returns:
+            out [batch, n_local, nheads, headdim_v] in q's dtype, lse [batch, nheads, n_local]
+            float32.
         """
         problem, now = self._problem, stats.now
+        batch, rows, nheads, _ = q.shape
+        result = q.new_empty(batch, rows, nheads, problem.headdim_v)
+        lse = q.new_empty(batch, nheads, rows, dtype=torch.float32)
+        out = result if self._out is None else self._out
+        if self._backend == "triton":  # once, where each step would
+            q, *own_kv = local.align(q=q, k=own_kv[0], v=own_kv[1])
+        if not isinstance(self._first, Work):
+            local.clear_state(out, lse, sinks)
         for step in self._steps:
             ticket = None
             if step.sends or step.recvs:
@@ -167,16 +200,19 @@ class Program:
             stats.bytes_planned += step.planned
             for work in step.works:
                 began = now()
-                k, v = work.kv or own_kv
-                out, lse = work.state or state
-                local.step(q if work.q is None else work.q, k, v, out, lse, work.task, problem)
+                operands = q if work.q is None else work.q, *(work.kv or own_kv)
+                options = dict(sinks=sinks if work.sinks else None, result=result)
+                local.step(*operands, *(work.state or (out, lse)), work.task, problem, **options)
                 stats.add("attend", step.index, began, now())
             if ticket:
                 began = now()
                 times = ticket.wait()
                 stats.add("wait", step.index, began, now())
                 stats.add("exchange", step.index, *times, step.nbytes)
-            for out, lse in step.parts:
+            for part in step.parts:
                 began = now()
-                local.merge_(*state, out, lse)
+                local.merge_(out, lse, *part)
                 stats.add("merge", step.index, began, now())
+        if out is not result and not self._writes_result:
+            result.copy_(out)
+        return result, lse

@@ -4,7 +4,7 @@ import weakref
 
 import torch
 
-from ringkern import calibrate, env, local
+from ringkern import calibrate, env
 from ringkern.agreement import agree
 from ringkern.backend import pick_backend
 from ringkern.cache import KVCache
@@ -196,9 +196,8 @@ class Ring(Collectives):
             self._load(program.kv_room, plan, k, v, cache, layer)
         if program.sends_q:
             q = q.contiguous()
-        state = local.make_state(q, problem.headdim_v, sinks, program.out)
         try:
-            program.run(self._link, self._stats, q, own_kv, state)
+            out, lse = program.run(self._link, self._stats, q, own_kv, sinks)
         except BaseException as error:
             # Between a post and its wait the ranks are an exchange apart, and buffers under way:
             # where the call was interrupted there, the ring fails on every rank.
@@ -206,8 +205,7 @@ class Ring(Collectives):
                 self._link.abort(f"a call ended with {type(error).__name__}: {error}")
             raise
         self._stats.end()
-        out, lse = state
-        return out.to(q.dtype), lse
+        return out, lse
 
     def choose(
         self,

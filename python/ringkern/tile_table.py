@@ -19,7 +19,7 @@ class TileTable(NamedTuple):
     tiles: int32 [n * splits, 5], columns (q0, q1, begin, middle, end): query rows [q0, q1), at most
         block_q of them, of no other tile; its pieces are [begin, middle), whole blocks of keys that
         all its rows see, and [middle, end), under a mask. The parts of a tile follow one another.
-        Longest first, which balances causal work over the processors of a GPU.
+        Longest first, which balances causal work over the SMs of a GPU.
     pieces: int32 [m, 6], columns (k0, k1, lo, hi, q_stride, k_stride): key rows [k0, k1). The tile's
         row t sees key k0 + j iff lo <= j * k_stride - t * q_stride <= hi.
     """
