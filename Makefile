@@ -64,9 +64,10 @@ bench: $(VENV)/demo
 test-gpu: install-gpu
 	$(PYTHON_GPU) -m bench.gpu_tests $(ARGS)
 
-# Every kernel against the card's own ceilings and what else is installed: 8 minutes at the most.
+# Every kernel against the card's own ceilings and what else is installed, in MINUTES at the most.
+MINUTES ?= 8
 bench-gpu: install-gpu
-	$(PYTHON_GPU) -m bench.run $(or $(CASE),'gpu/*')
+	$(PYTHON_GPU) -m bench.run --minutes $(MINUTES) $(or $(CASE),'gpu/*')
 
 # Editable, since of a plain install a record cannot name the commit.
 install-gpu:

@@ -7,6 +7,7 @@ import multiprocessing.forkserver
 import pathlib
 import secrets
 import sys
+import time
 
 from ringkern.errors import ArgumentError
 from ringkern.launch import launch
@@ -26,6 +27,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny sizes; records nothing")
     parser.add_argument("--json", action="store_true", help="print records as JSON lines")
     parser.add_argument("--out", type=pathlib.Path, metavar="JSONL", help="append to this file")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="leave out by name what would end after N minutes",
+    )
     parser.add_argument("--note", default="", help="free text for the records")
     return parser
 
@@ -81,23 +88,35 @@ class Run:
         }
         self.day = f"{now:%Y-%m-%d}"
         self.failed = 0
+        self._began = time.monotonic()
+        self._longest_s = 0.0  # of what has run
 
     def run(self, chosen: list[cases.Case]) -> int:
         """Run the cases; return 1 if any failed."""
         chosen = [cases.tiny(case) for case in chosen] if self.args.quick else chosen
         for batch in self._batches(chosen):
-            reason = why_not(batch[0], self.args.quick)
+            reason = why_not(batch[0], self.args.quick) or self._why_no_time()
             if reason:
                 for case in batch:
                     print(f"SKIPPED {case.id}: {reason}", file=sys.stderr, flush=True)
                 continue
+            began = time.monotonic()
             try:
                 self._run_batch(batch)
             except (RuntimeError, OSError) as error:
                 self._fail(", ".join(case.id for case in batch), str(error))
+            self._longest_s = max(self._longest_s, time.monotonic() - began)
         if self.failed:
             print(f"{self.failed} FAILED, and not recorded", file=sys.stderr)
         return 1 if self.failed else 0
+
+    def _why_no_time(self) -> str | None:
+        """Return why a case is left out that may take as long as the longest so far; else None."""
+        minutes, passed_s = self.args.minutes, time.monotonic() - self._began
+        if minutes is None or passed_s + self._longest_s <= 60 * minutes:
+            return None
+        longest = f"the longest case took {self._longest_s:.0f} s"
+        return f"{passed_s:.0f} s of {minutes:g} minutes have passed, and {longest}"
 
     def _batches(self, chosen):
         """Return lists of cases that share processes: each its own, but in sessions and --quick."""

@@ -77,6 +77,26 @@ def test_without_a_gpu_cases_are_skipped_by_name(monkeypatch, capsys):
             assert f"SKIPPED {case.id}: {why}" in printed.err
 
 
+def test_what_would_end_too_late_is_left_out_by_name(monkeypatch, capsys):
+    """Each case takes 100 s, of which 4 fit 8 minutes; the last would end 20 s after."""
+    clock, ran = [0.0], []
+
+    def take_100_s(self, batch):
+        ran.extend(case.id for case in batch)
+        clock[0] += 100
+
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run, "why_not", lambda case, quick: None)
+    monkeypatch.setattr(run.Run, "_run_batch", take_100_s)
+    chosen = [case.id for case in cases.select(["gpu/decode/*"])]
+    assert len(chosen) > 5 and run.main(["gpu/decode/*", "--minutes", "8"]) == 0
+    printed = capsys.readouterr().err.splitlines()
+    assert ran == chosen[:4]
+    why = "400 s of 8 minutes have passed, and the longest case took 100 s"
+    assert printed == [f"SKIPPED {name}: {why}" for name in chosen[4:]]
+    assert run.main(["gpu/decode/*"]) == 0 and ran[4:] == chosen  # without a limit
+
+
 def test_the_targets_are_those_of_the_issue():
     asked = {case.id: case.targets for case in GPU_CASES if case.targets}
 
