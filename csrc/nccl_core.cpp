@@ -66,7 +66,7 @@ void NcclCore::connect(const NcclConfig& config, const std::function<void()>& on
   try {
     share_id(on_idle);
     {
-      const std::lock_guard<std::mutex> calls(calls_);
+      const std::scoped_lock both(calls_, inside_);
       comm_.start(world_size_, id_, rank_, config);
       settle(on_idle);
     }
@@ -169,8 +169,12 @@ Ticket NcclCore::post(const std::vector<Send>& sends, const std::vector<Recv>& r
   if (captured) has_graphs_ = true;
   // Open before NCCL is called, so that the deadline counts when that takes long.
   const Ticket ticket = flights_.open(std::move(flight));
-  comm_.post(sends, recvs, stream_->handle());
-  settle(nullptr);
+  {
+    const std::lock_guard<std::mutex> inside(inside_);
+    if (state_ != State::kOpen) throw Interrupted{};
+    comm_.post(sends, recvs, stream_->handle());
+    settle(nullptr);
+  }
   if (captured) {
     flights_.capture(ticket, stream_->handle());
   } else {
@@ -336,7 +340,9 @@ void NcclCore::close() {
   while (thread_.joinable() && !gone_ && !stuck()) changed_.wait_for(lock, kIdle);
   const bool gone = gone_;
   lock.unlock();
-  if (thread_.joinable()) gone ? thread_.join() : thread_.detach();
+  for (std::thread* each : {&thread_, &guard_}) {
+    if (each->joinable()) gone ? each->join() : each->detach();
+  }
   control_->close();
 }
 

@@ -24,11 +24,13 @@
 
 namespace ringkern {
 
-// Every function may be called from any thread. Lock order: closing_, calls_, mutex_ or the
-// flights' own.
+// Every function may be called from any thread. Lock order: closing_, calls_, inside_, mutex_ or
+// the flights' own.
 //
-// The communicator is ended, in whatever way, by the watching thread alone. That thread shares the
-// ownership: when NCCL never returns to it, it is left behind with all that it uses.
+// The communicator is ended by the watching thread. The driver may keep that thread waiting for a
+// kernel that itself waits for a peer, as when a caller loads a module meanwhile: a second thread,
+// which asks the driver for nothing, then ends the ring in its place. Both share the ownership:
+// when NCCL never returns to one, it is left behind with all that it uses.
 class NcclCore : public std::enable_shared_from_this<NcclCore> {
  public:
   NcclCore(std::unique_ptr<Transport> control, std::shared_ptr<const NcclLibrary> nccl,
@@ -77,7 +79,8 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   bool over() const;  // needs mutex_
   void await_end();
 
-  // The watching thread's, in nccl_watch.cpp.
+  // The watching threads', in nccl_watch.cpp.
+  class Asking;
   void start();
   void watch() noexcept;
   void look();
@@ -87,9 +90,15 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   void check_closing();
   [[noreturn]] void report(const Trouble& trouble, Kind kind = Kind::kTransport);
   void end(Failure failure, bool in_peace) noexcept;
+  bool begin_end(Failure failure);
+  void finish_end(bool in_peace) noexcept;
   bool end_communicator(bool in_peace);
+  void abort_communicator();
   bool flush();
   void await_others(Clock::time_point end);
+  void guard() noexcept;
+  void check_driver(Clock::duration silent);
+  void free_driver();
 
   // How long NCCL may take to end before nobody waits for it any more.
   Clock::duration grace() const;
@@ -105,7 +114,8 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   Flights flights_;
   Tally tally_;
 
-  std::mutex calls_;  // held while the communicator is called and the stream is given work
+  std::mutex calls_;   // held while the communicator is called and the stream is given work
+  std::mutex inside_;  // held while a thread is inside NCCL
   NcclComm comm_;
   std::atomic<bool> has_graphs_{false};  // exchanges were captured
 
@@ -116,13 +126,14 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   std::optional<Trouble> trouble_;
   Clock::time_point ending_since_;
   bool poked_ = false;
-  bool gone_ = false;  // the watching thread
+  bool gone_ = false;                              // the watching thread
+  std::optional<Clock::time_point> asking_since_;  // it waits for the driver
 
   std::optional<Clock::time_point> asked_;  // the watching thread's own
 
   std::mutex closing_;
   bool closed_ = false;
-  std::thread thread_;
+  std::thread thread_, guard_;
 };
 
 }  // namespace ringkern

@@ -24,6 +24,9 @@ constexpr std::chrono::milliseconds kNews{1000};
 
 constexpr std::chrono::milliseconds kGrace{5000};
 
+// How often the second thread looks after the first.
+constexpr std::chrono::milliseconds kGuard{100};
+
 void pause() { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
 
 Failure failure_from(const TransportError& error) {
@@ -31,6 +34,23 @@ Failure failure_from(const TransportError& error) {
 }
 
 }  // namespace
+
+// While the watching thread is where the driver can keep it.
+class NcclCore::Asking {
+ public:
+  explicit Asking(NcclCore& core) : core_(core) { set(Clock::now()); }
+  ~Asking() { set(std::nullopt); }
+  Asking(const Asking&) = delete;
+  Asking& operator=(const Asking&) = delete;
+
+ private:
+  void set(std::optional<Clock::time_point> since) {
+    const std::lock_guard<std::mutex> lock(core_.mutex_);
+    core_.asking_since_ = since;
+  }
+
+  NcclCore& core_;
+};
 
 Clock::duration NcclCore::grace() const { return std::min<Clock::duration>(timeout_, kGrace); }
 
@@ -40,8 +60,10 @@ void NcclCore::start() {
   ::sigfillset(&all);
   ::pthread_sigmask(SIG_SETMASK, &all, &before);
   thread_ = std::thread([self = shared_from_this()] { self->watch(); });
+  guard_ = std::thread([self = shared_from_this()] { self->guard(); });
   ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
   ::pthread_setname_np(thread_.native_handle(), "ringkern-nccl");
+  ::pthread_setname_np(guard_.native_handle(), "ringkern-guard");
 }
 
 void NcclCore::watch() noexcept {
@@ -52,7 +74,11 @@ void NcclCore::watch() noexcept {
     poked_ = false;
     lock.unlock();
     try {
-      look();
+      if (state_ == State::kEnding) {  // the other thread has begun it
+        finish_end(false);
+      } else {
+        look();
+      }
     } catch (const TransportError& error) {
       end(failure_from(error), false);
     } catch (const std::exception& error) {
@@ -68,10 +94,14 @@ void NcclCore::look() {
   check_control();
   check_trouble();
   try {
+    const Asking asking(*this);
     const Device::Use use(device_);
     flights_.reap();
     // Who holds the communicator asks it too.
-    if (const std::unique_lock<std::mutex> calls(calls_, std::try_to_lock); calls) comm_.settled();
+    if (const std::unique_lock<std::mutex> calls(calls_, std::try_to_lock); calls) {
+      const std::lock_guard<std::mutex> inside(inside_);
+      comm_.settled();
+    }
     check_deadline();
   } catch (const NcclError& error) {
     trouble(error);
@@ -147,19 +177,28 @@ void NcclCore::check_closing() {
 
 void NcclCore::end(Failure failure, bool in_peace) noexcept {
   try {
+    const Asking asking(*this);
     const Device::Use use(device_);
     const auto oldest = flights_.oldest();
     if (oldest && failure.origin != rank_)
       failure.text += concat(". On rank ", rank_, " NCCL was at ", oldest->text);
   } catch (const CudaError&) {
   }
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    failure_ = std::move(failure);
-    state_ = State::kEnding;
-    ending_since_ = Clock::now();
-    changed_.notify_all();
-  }
+  finish_end(begin_end(std::move(failure)) && in_peace);
+}
+
+// Callers raise this failure from now on: false where they have another one already.
+bool NcclCore::begin_end(Failure failure) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (failure_) return false;
+  failure_ = std::move(failure);
+  state_ = State::kEnding;
+  ending_since_ = Clock::now();
+  changed_.notify_all();
+  return true;
+}
+
+void NcclCore::finish_end(bool in_peace) noexcept {
   bool idle = false;
   try {
     const Device::Use use(device_);
@@ -181,19 +220,22 @@ bool NcclCore::end_communicator(bool in_peace) {
     if (Clock::now() > end) return false;
     pause();
   }
-  if (!in_peace || !flush()) {
-    try {
-      comm_.abort();
-    } catch (const NcclError&) {
-      // It is gone all the same; what it left behind shows on the stream.
-    }
-  }
+  const std::lock_guard<std::mutex> inside(inside_);
+  if (!in_peace || !flush()) abort_communicator();
   end = Clock::now() + grace();
   while (!stream_->idle()) {
     if (Clock::now() > end) return false;
     pause();
   }
   return true;
+}
+
+void NcclCore::abort_communicator() {
+  try {
+    comm_.abort();
+  } catch (const NcclError&) {
+    // It is gone all the same; what it left behind shows on the stream.
+  }
 }
 
 // Lets what this rank sent reach the others, and ends the communicator: false where it has not.
@@ -232,6 +274,48 @@ void NcclCore::await_others(Clock::time_point end) {
     }
   } catch (const TransportError&) {
   }
+}
+
+// ---- the second thread
+
+void NcclCore::guard() noexcept {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!gone_) {
+    changed_.wait_for(lock, kGuard, [this] { return gone_; });
+    if (failure_ || !asking_since_) continue;
+    const auto silent = Clock::now() - *asking_since_;
+    if (silent < kNews) continue;
+    lock.unlock();
+    try {
+      check_driver(silent);
+    } catch (const TransportError& error) {
+      if (begin_end(failure_from(error))) free_driver();
+    } catch (const std::exception&) {
+      // Nothing that this thread could mend: the other one sees it too.
+    }
+    lock.lock();
+  }
+}
+
+// The kernels end with the communicator, and then the driver answers. Not where a caller is inside
+// NCCL: to free what that call uses would be worse.
+void NcclCore::free_driver() {
+  const auto end = Clock::now() + grace();
+  std::unique_lock<std::mutex> inside(inside_, std::defer_lock);
+  while (!inside.try_lock()) {
+    if (Clock::now() > end) return;
+    pause();
+  }
+  const Device::Use use(device_);
+  abort_communicator();
+}
+
+// Raises where another rank has ended the ring, or the driver has been silent for too long.
+void NcclCore::check_driver(Clock::duration silent) {
+  check_control();
+  if (silent < timeout_) return;
+  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(silent).count();
+  report({concat("CUDA: the driver has not answered for ", seconds, " s"), false}, Kind::kTimeout);
 }
 
 }  // namespace ringkern

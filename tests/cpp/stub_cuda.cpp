@@ -61,6 +61,8 @@ void begin_capture(std::uintptr_t stream) {
 
 void hold_frees(bool held) { frees_held = held; }
 
+void hold_queries(bool held) { queries_held = held; }
+
 bool captures(std::uintptr_t stream) {
   const Lock lock(world().mutex);
   return world().streams.at(reinterpret_cast<void*>(stream)).capturing;
@@ -308,6 +310,7 @@ STUB_API int cuEventRecord(void* event_handle, void* handle) {
 }
 
 STUB_API int cuEventQuery(void* event_handle) {
+  while (queries_held) std::this_thread::yield();
   ENTER("cuEventQuery");
   need_context("cuEventQuery");
   ++world().questions;

@@ -53,7 +53,7 @@ World& world() {
 
 thread_local std::vector<void*> contexts;
 thread_local int capture_mode = 0;  // global
-std::atomic<bool> frees_held{false};
+std::atomic<bool> frees_held{false}, queries_held{false};
 
 void* const kContext = reinterpret_cast<void*>(0x77);
 

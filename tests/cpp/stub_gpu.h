@@ -44,6 +44,8 @@ STUB_API std::vector<std::string> driver_violations();
 STUB_API void violate(const std::string& words);
 // While held, cuMemFreeHost does not return, as it waits for all of the GPU's work.
 STUB_API void hold_frees(bool held);
+// While held, cuEventQuery does not return, as where another thread waits inside the driver.
+STUB_API void hold_queries(bool held);
 // So many more copies of this kind, "DtoH", "HtoD" or "DtoD", run, and then none; -1: all.
 STUB_API void let_copies(const std::string& kind, int count);
 

@@ -10,8 +10,7 @@
 #include <memory>
 #include <vector>
 
-#include "failing_ranks.h"
-#include "gpu_ranks.h"
+#include "failing_nccl.h"
 
 using namespace ringkern;
 using Buffer = std::vector<std::uint8_t>;
@@ -23,32 +22,6 @@ constexpr int kRemote = 6, kInternal = 3;
 
 Failure turn(int rank, int world_size, DeviceTransport& ring, Stream stream) {
   return turn_until_failure(rank, world_size, ring, stream, [&] { stub::drained(stream); });
-}
-
-struct Options {
-  int world_size = 3;
-  int timeout_ms = 20000;
-  int control_ms = 20000;
-};
-
-// Runs body(rank, ring, stream) on all ranks; it returns each rank's failure.
-std::vector<Failure> fail_ranks(const Options& options,
-                                const std::function<Failure(int, DeviceTransport&, Stream)>& body) {
-  std::vector<Failure> failures(static_cast<std::size_t>(options.world_size));
-  Ports ports(options.world_size);
-  std::atomic<int> joined{0};
-  in_parallel(failures.size(), [&](int rank) {
-    const auto ring = join_nccl(ports, rank, nccl_options(options.timeout_ms), options.control_ms);
-    const Stream stream = stub::make_stream();
-    ++joined;
-    until([&] { return joined == options.world_size; });
-    const Failure failure = failures[static_cast<std::size_t>(rank)] = body(rank, *ring, stream);
-    check_stays_failed(*ring, failure, stream);
-    ring->close();
-    until([&] { return stub::drained(stream); });
-    stub::destroy_stream(stream);
-  });
-  return failures;
 }
 
 }  // namespace
@@ -311,49 +284,6 @@ TEST_CASE("leaving with an exchange that nobody waits for fails the others") {
     stub::destroy_stream(stream);
   });
   CHECK(stub::calls("ncclCommAbort") == 2);
-}
-
-TEST_CASE("a caller that does not come back from NCCL keeps nobody else waiting") {
-  const CleanStubs clean;
-  Ports ports(1);
-  const auto ring = join_nccl(ports, 0, nccl_options(300), 300);
-  const Stream stream = stub::make_stream();
-  int out = 1, in = 0;
-  stub::hold("ncclGroupEnd");
-  auto stuck = std::async(std::launch::async, [&] {
-    return failure_of([&] { ring->exchange({{0, &out, 4}}, {{0, &in, 4}}, stream); });
-  });
-  until([] { return stub::calls("ncclGroupEnd") == 1; });
-  const auto start = std::chrono::steady_clock::now();
-  const Failure failure = failure_of([&] { ring->exchange({}, {}, stream); });
-  CHECK(failure.kind == Kind::kTimeout);
-  ring->close();
-  CHECK(std::chrono::steady_clock::now() - start < milliseconds(3000));
-  // Its buffers may still be used, and its communicator is left as it is.
-  CHECK(ring->settled() == 1);
-  CHECK(stub::calls("ncclCommAbort") == 0);
-  stub::release();
-  CHECK(stuck.get().text == failure.text);
-  sync(stream);
-  stub::destroy_stream(stream);
-}
-
-TEST_CASE("an abort that does not return keeps nobody waiting") {
-  const CleanStubs clean;
-  {
-    Ports ports(1);
-    const auto ring = join_nccl(ports, 0, nccl_options(200), 200);
-    stub::hold("ncclCommAbort");
-    const auto start = std::chrono::steady_clock::now();
-    ring->abort("enough");
-    CHECK(contains(failure_of([&] { ring->exchange({}, {}, 0); }).text, "enough"));
-    ring->close();
-    CHECK(std::chrono::steady_clock::now() - start < milliseconds(3000));
-    CHECK(stub::contexts_retained() == 1);
-  }
-  stub::release();
-  // The thread that was left behind gives back what it kept.
-  until([] { return stub::contexts_retained() == 0; });
 }
 
 TEST_CASE("a GPU that cannot be used is refused; a new ring works afterwards") {
