@@ -98,7 +98,7 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   void await_others(Clock::time_point end);
   void guard() noexcept;
   void check_driver(Clock::duration silent);
-  void free_driver();
+  void free_driver() noexcept;
 
   // How long NCCL may take to end before nobody waits for it any more.
   Clock::duration grace() const;

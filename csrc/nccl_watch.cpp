@@ -299,15 +299,19 @@ void NcclCore::guard() noexcept {
 
 // The kernels end with the communicator, and then the driver answers. Not where a caller is inside
 // NCCL: to free what that call uses would be worse.
-void NcclCore::free_driver() {
+void NcclCore::free_driver() noexcept {
   const auto end = Clock::now() + grace();
   std::unique_lock<std::mutex> inside(inside_, std::defer_lock);
   while (!inside.try_lock()) {
     if (Clock::now() > end) return;
     pause();
   }
-  const Device::Use use(device_);
-  abort_communicator();
+  try {
+    const Device::Use use(device_);
+    abort_communicator();
+  } catch (const CudaError&) {
+    // What is wrong with the GPU shows on the stream.
+  }
 }
 
 // Raises where another rank has ended the ring, or the driver has been silent for too long.
