@@ -123,9 +123,9 @@ Ticket Core::post(const std::vector<Send>& sends, const std::vector<Recv>& recvs
 
 bool Core::poll(Ticket ticket, std::chrono::milliseconds slice) {
   const auto done = [&] { return ledger_.is_over(ticket); };
-  // A caller that has nothing else to do moves the bytes itself.
-  if (!done() && !loop_.help(done, slice)) return ledger_.poll(ticket, slice);
-  return done();
+  // A caller that has time and nothing else to do moves the bytes itself.
+  if (slice.count() > 0 && !done() && loop_.help(done, slice)) return done();
+  return ledger_.poll(ticket, slice);
 }
 
 Times Core::wait(Ticket ticket) {
