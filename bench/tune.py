@@ -34,6 +34,7 @@ SPACE = {
     ("merge", 32): ((4, 8, 16, 32), (0,), (2, 4, 8), (1,)),
     ("pack", 32): ((2, 4, 8, 16), (0,), (2, 4, 8), (1,)),
 }
+SHORT_KEYS = {16: 65536, 32: 16384}  # that few queries are measured against, by bits of the dtype
 # What is measured for a phase: of one that is not here, as "last", what starts from the same.
 IMPLS = {"*": "ringkern", "only": "ringkern", "first": "ringkern+first"}
 IMPLS |= dict.fromkeys(("middle", "last"), "ringkern+middle")
@@ -139,7 +140,10 @@ def _line(key, trial, as_json):
 
 def candidates(key: Key, family: str, quick: bool = False) -> list[Config]:
     """Return the configurations to try, the present one first; of quick, two."""
-    every = itertools.starmap(Config, itertools.product(*SPACE[key.kernel, key.bits]))
+    rows, *others = SPACE[key.kernel, key.bits]
+    if key.rows is not None:
+        rows = (key.rows,)
+    every = itertools.starmap(Config, itertools.product(rows, *others))
     found = list(dict.fromkeys([tune_table.taken(_table(), family, key), *every]))
     return found[:2] if quick else found
 
@@ -149,7 +153,10 @@ def workloads(key: Key, quick: bool = False) -> list[cases.Case]:
     heads = dict(nheads=32, nheads_k=8, headdim=key.headdim)
     dtype = "float32" if key.bits == 32 else "bfloat16"
     length = 4096 if key.bits == 32 else 8192
-    if key.kernel == "step":
+    if key.kernel == "step" and key.rows is not None:
+        queries = key.rows * heads["nheads_k"] // heads["nheads"]
+        found = [cases.gpu_step("full", 1, queries, SHORT_KEYS[key.bits], **heads)]
+    elif key.kernel == "step":
         found = [cases.gpu_step(kind, 1, length, length, **heads) for kind in ("full", "causal")]
     elif key.kernel == "decode":
         sizes = ((16, 8192, 1), (1, 65536, 1), (16, 8192, 4))
@@ -168,10 +175,16 @@ def workloads(key: Key, quick: bool = False) -> list[cases.Case]:
 
 @contextlib.contextmanager
 def forced(key: Key, config: Config):
-    """Let configs.pick() return this configuration, in any phase."""
+    """Let configs.pick() return this configuration, in any phase.
+
+    Of a key with rows: to those that ask for up to so many; to others, a tile of twice as many.
+    """
     before = configs.ROWS
-    row = configs.Row(key.kernel, here(), key.bits, key.headdim, "*", config)
-    configs.ROWS = (row, *before)
+    row = configs.Row(key.kernel, here(), key.bits, key.headdim, "*", key.rows, config)
+    made = [row]
+    if key.rows is not None:
+        made.append(row._replace(rows=None, config=config._replace(block_m=2 * key.rows)))
+    configs.ROWS = (*made, *before)
     configs.find.cache_clear()
     try:
         yield

@@ -11,7 +11,7 @@ import math
 
 import torch
 from ringkern.kernels import configs, merge, target
-from ringkern.kernels.softmax import finish, fold, load, scales, start
+from ringkern.kernels.softmax import finish, fold, load_rows, scales, start
 from ringkern.kernels.target import (
     MAX_PROGRAMS,
     MAX_ROWS,
@@ -41,7 +41,7 @@ def _decode(
     seqused_k,  # [batch]
     cu_seqlens_q,  # [batch + 1]
     limits,  # [total_q], or None
-    sinks,  # [nheads], or anything unless SEED is "sinks"
+    sinks,  # [nheads], or None
     scale2, cap2, tiles, nheads_k,  # strides of q, k and v are in vectors of VECTOR elements
     q_row, q_head, k_slot, k_head, v_slot, v_head, table_row,
     out_split, out_row, out_head, lse_split, lse_head, lse_row,
@@ -50,7 +50,10 @@ def _decode(
     SEED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, VECTOR: tl.constexpr,
     VECTOR_V: tl.constexpr,
 ):  # fmt: skip
-    # Grid: sequences, their tiles of rows and heads of K and V in one; splits of the keys.
+    """Attend with the rows of a tile, of one sequence and group of heads, to a split of its keys.
+
+    Grid: (batch * tiles * nheads_k, splits), the heads next to each other.
+    """
     program, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head_k = (program % nheads_k).to(tl.int64)
     tile = program // nheads_k % tiles
@@ -63,7 +66,7 @@ def _decode(
     blocks = tl.cdiv(tl.cdiv(seqlen, BLOCK_N), tl.num_programs(1))
     begin = tl.program_id(1) * blocks * BLOCK_N
     end = tl.minimum(begin + blocks * BLOCK_N, seqlen)
-    if SEED == "state" and begin >= end:
+    if SEED == "state" and begin >= end:  # without a state, (0, -inf) is to be written
         return
 
     m, n = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -73,30 +76,33 @@ def _decode(
     out_at = out + split * out_split + row * out_row + head * out_head  # [BLOCK_M], as lse_at
     lse_at = lse + split * lse_split + row * lse_row + head * lse_head
     seeded = inside & (split == 0)
-    acc, top, mass = start(out_at, lse_at, sinks + head, seeded, HEADDIM_V, SEED, BLOCK_M, BLOCK_DV)
+    sink_at = sinks + head if SEED == "sinks" else None  # [BLOCK_M]
+    acc, top, mass = start(out_at, lse_at, sink_at, seeded, HEADDIM_V, SEED, BLOCK_M, BLOCK_DV)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q += (row * q_row + head * q_head)[:, None] * VECTOR + d[None, :]
-    q_tile = load(q, inside, HEADDIM, BLOCK_D, 1)  # [BLOCK_M, BLOCK_D]
+    q_tile = load_rows(q, inside, HEADDIM, BLOCK_D, AXIS=1)  # [BLOCK_M, BLOCK_D]
     if limits is not None:
         limit = tl.load(limits + row, mask=inside, other=0)  # [BLOCK_M]
 
     kt_at = k + head_k * k_head * VECTOR + d[:, None]
     v_at = v + head_k * v_head * VECTOR_V + dv[None, :]
     pages_at = page_table + batch * table_row
+    # kt [BLOCK_D, BLOCK_N], v_block [BLOCK_N, BLOCK_DV]; what is of keys alone is [BLOCK_N].
     for j in tl.range(begin, end, BLOCK_N):
-        key = j + n  # [BLOCK_N], as there, page, slot, to_k and to_v
+        key = j + n
         there = key < end
         page = tl.load(pages_at + key // PAGE_SIZE, mask=there, other=0)
         slot = page.to(tl.int64) * PAGE_SIZE + key % PAGE_SIZE
         to_k, to_v = slot * k_slot * VECTOR, slot * v_slot * VECTOR_V
-        kt = load(kt_at + to_k[None, :], there, HEADDIM, BLOCK_D, 0)  # [BLOCK_D, BLOCK_N]
-        v_block = load(v_at + to_v[:, None], there, HEADDIM_V, BLOCK_DV, 1)  # [BLOCK_N, BLOCK_DV]
+        kt = load_rows(kt_at + to_k[None, :], there, HEADDIM, BLOCK_D, AXIS=0)
+        v_block = load_rows(v_at + to_v[:, None], there, HEADDIM_V, BLOCK_DV, AXIS=1)
         visible = there[None, :]  # [1, BLOCK_N], or [BLOCK_M, BLOCK_N]
         if limits is not None:
             visible &= key[None, :] < limit[:, None]
         acc, top, mass = fold(
-            acc, top, mass, q_tile, kt, v_block, visible, scale2, cap2, True, SOFTCAP, PRECISION
-        )
+            acc, top, mass, q_tile, kt, v_block, visible, scale2, cap2,
+            True, SOFTCAP, True, PRECISION,
+        )  # fmt: skip
     finish(acc, top, mass, out_at, lse_at, lse_at, inside, HEADDIM_V, BLOCK_DV, SEED)
 
 
@@ -112,9 +118,9 @@ def decode(
 
     Args:
         q: [total_q, nheads, headdim], float16, bfloat16 or float32; a last stride of 1, as in
-            every tensor with heads here. Other strides are free, but in q, k and v they and the
-            address must be multiples of 16 bytes, where a row is. One of other rows is several
-            times slower.
+            every tensor with heads here. Other strides are free, but in q, k and v, where a row is
+            a multiple of 16 bytes, they and the address must be, too. Other rows are read piece by
+            piece, several times slower.
         k, v: [num_slots, nheads_k, headdim] and [..., headdim_v], of q's dtype. A token lies in
             slot page * page_size + offset.
         out: [total_q, nheads, headdim_v] float32; any of q's dtypes unless seeded.
@@ -153,13 +159,10 @@ def decode(
     most = MAX_ROWS - num_splits * config.block_n
     check(keys <= most, "page_table", f"pages of at most {most} tokens", keys)
     check(grid[0] <= MAX_PROGRAMS, "q", f"at most {MAX_PROGRAMS} tiles times heads", grid[0])
-    seed = "none" if sinks is None else "sinks"
-    if seeded and num_splits == 1:
-        seed = "state"
+    seed = "state" if seeded and num_splits == 1 else "none" if sinks is None else "sinks"
     with torch.cuda.device_of(q):
         _decode[grid](
-            *(q, k, v, parts, lses, page_table, seqused_k, cu_seqlens_q, limits),
-            lses if sinks is None else sinks,
+            q, k, v, parts, lses, page_table, seqused_k, cu_seqlens_q, limits, sinks,
             *scales(softmax_scale, softcap), tiles, nheads_k,
             *target.vector_strides(q, k, v), page_table.stride(0),
             *parts.stride()[:3], *lses.stride(),
@@ -202,6 +205,7 @@ def _check(q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, limits, sinks
     if sinks is not None:
         check(not seeded, "sinks", "None, as (out, lse) hold a state", "a tensor")
         check(sinks.shape == (nheads,), "sinks", (nheads,), tuple(sinks.shape))
+        check(sinks.stride(0) == 1 or nheads == 1, "sinks", "a stride of 1", sinks.stride(0))
         check_tensors(DTYPES, sinks=sinks)
         check_tensors(q=q, sinks=sinks)
     check_tensors(q=q, k=k, v=v, out=out, lse=lse, **tables)
@@ -256,11 +260,13 @@ def _registers(config, dtype, widest):
 def variants(arch: int) -> list[Variant]:
     """Return what offline compilation compiles: every tile of the table, and each option."""
     cases = [
+        ("bfloat16-d128-sinks", "bfloat16", 128, 128, 32, dict(seed="sinks")),
+        ("bfloat16-d256-sinks", "bfloat16", 256, 256, 16, dict(seed="sinks", limits=True)),
         ("float16-d64-page3", "float16", 64, 64, 16, dict(page_size=3)),
         ("bfloat16-d72", "bfloat16", 72, 72, 16, {}),
         ("bfloat16-d96-page1", "bfloat16", 96, 96, 8, dict(page_size=1)),
         ("bfloat16-d192-v128", "bfloat16", 192, 128, 16, {}),
-        ("bfloat16-d256-seeded", "bfloat16", 256, 256, 16, dict(seeded=True, limits=True)),
+        ("bfloat16-d256-seeded", "bfloat16", 256, 256, 16, dict(seed="state", limits=True)),
         ("bfloat16-d256-softcap", "bfloat16", 256, 256, 16, dict(softcap=True)),
         ("float32-d128-tf32", "float32", 128, 128, 8, dict(precision="tf32")),
     ]
@@ -271,24 +277,26 @@ def variants(arch: int) -> list[Variant]:
         ("float32", "float32", 128, 16), ("float32", "float32", 256, 16),
     ):  # fmt: skip
         cases.append((f"{dtype}-d{d}-rows{rows}", dtype, d, d, rows, {}))
-        narrow, seeded = 3 * d // 4, rows == 16
+        narrow, seed = 3 * d // 4, "state" if rows == 16 else "none"
         name = f"{other}-d{narrow}-rows{rows}-softcap"
-        cases.append((name, other, narrow, narrow, rows, options | dict(seeded=seeded)))
+        cases.append((name, other, narrow, narrow, rows, options | dict(seed=seed)))
     return [_variant(arch, *case[:5], **case[5]) for case in cases]
 
 
 def _variant(
-    arch, name, dtype, headdim, headdim_v, rows, *, seeded=False, limits=False, softcap=False,
+    arch, name, dtype, headdim, headdim_v, rows, *, seed="none", limits=False, softcap=False,
     page_size=64, precision="ieee",
 ):  # fmt: skip
     blocks, config = _blocks(arch, headdim, headdim_v, dtype, rows)
     pointer = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[dtype]
     constexprs = dict(
         HEADDIM=headdim, HEADDIM_V=headdim_v, **blocks, GROUP=8, PAGE_SIZE=page_size,
-        SEED="state" if seeded else "none", SOFTCAP=softcap, PRECISION=precision,
+        SEED=seed, SOFTCAP=softcap, PRECISION=precision,
     )  # fmt: skip
     if not limits:
         constexprs["limits"] = None
+    if seed != "sinks":
+        constexprs["sinks"] = None
     signature = dict.fromkeys(_decode.arg_names, "i32")
     signature |= dict.fromkeys(("q", "k", "v"), pointer)
     signature |= dict.fromkeys(("out", "lse", "sinks"), "*fp32")

@@ -43,22 +43,26 @@ def _merge(
     HEADDIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     SEEDED: tl.constexpr,
 ):  # fmt: skip
-    # A program owns BLOCK_T tokens of one head; nobody else reads or writes their out and lse.
+    """Merge the parts of BLOCK_T tokens of one head, whose out and lse nobody else touches.
+
+    Grid: (batch * tiles * nheads,), the heads next to each other.
+    """
     program = tl.program_id(0)
     head = (program % nheads).to(tl.int64)
     tile = program // nheads % tiles
-    entry = (program // nheads // tiles).to(tl.int64)
+    batch = (program // nheads // tiles).to(tl.int64)
     token = tile * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     part = tl.arange(0, BLOCK_P).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = token < tokens  # [BLOCK_T]
-    box = inside[:, None] & (d < HEADDIM)[None, :]  # [BLOCK_T, BLOCK_D]
+    inside_d = inside[:, None] & (d < HEADDIM)[None, :]  # [BLOCK_T, BLOCK_D]
 
-    lse += entry * lse_batch + head * lse_head + token * lse_row
-    out += entry * out_batch + head * out_head + token[:, None] * out_row + d[None, :]
-    lses += entry * lses_batch + head * lses_head
+    # lse [BLOCK_T], out [BLOCK_T, BLOCK_D]; lses [BLOCK_P, BLOCK_T], outs [..., BLOCK_D].
+    lse += batch * lse_batch + head * lse_head + token * lse_row
+    out += batch * out_batch + head * out_head + token[:, None] * out_row + d[None, :]
+    lses += batch * lses_batch + head * lses_head
     lses += part[:, None] * lses_part + token[None, :] * lses_row
-    outs += entry * outs_batch + head * outs_head
+    outs += batch * outs_batch + head * outs_head
     outs += part[:, None, None] * outs_part + token[None, :, None] * outs_row + d[None, None, :]
 
     # The largest lse and the sum of the weights. A NaN need not be the largest: its weight is NaN.
@@ -69,9 +73,9 @@ def _merge(
     top = own
     mass = _weight(own, top)
     for p in range(0, parts, BLOCK_P):
-        here = (p + part < parts)[:, None] & inside[None, :]  # [BLOCK_P, BLOCK_T], as some
         ahead = tl.cast(p, tl.int64)
-        some = tl.load(lses + ahead * lses_part, mask=here, other=float("-inf"))
+        there = (p + part < parts)[:, None] & inside[None, :]
+        some = tl.load(lses + ahead * lses_part, mask=there, other=float("-inf"))  # as lses
         higher = tl.maximum(top, tl.max(some, axis=0))
         mass = mass * _weight(top, higher) + tl.sum(_weight(some, higher[None, :]), axis=0)
         top = higher
@@ -81,20 +85,20 @@ def _merge(
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     if SEEDED:
         kept = tl.math.div_rn(_weight(own, top), mass)  # [BLOCK_T]
-        seed = tl.load(out, mask=box & (kept != 0.0)[:, None], other=0.0)  # [BLOCK_T, BLOCK_D]
+        seed = tl.load(out, mask=inside_d & (kept != 0.0)[:, None], other=0.0)  # [BLOCK_T, BLOCK_D]
         acc += seed.to(tl.float32) * kept[:, None]
     for p in range(0, parts, BLOCK_P):
-        here = (p + part < parts)[:, None] & inside[None, :]  # [BLOCK_P, BLOCK_T], as some
         ahead = tl.cast(p, tl.int64)
-        some = tl.load(lses + ahead * lses_part, mask=here, other=float("-inf"))
+        there = (p + part < parts)[:, None] & inside[None, :]
+        some = tl.load(lses + ahead * lses_part, mask=there, other=float("-inf"))  # as lses
         weight = tl.math.div_rn(_weight(some, top[None, :]), mass[None, :])
-        read = box[None, :, :] & (weight != 0.0)[:, :, None]
+        read = inside_d[None, :, :] & (weight != 0.0)[:, :, None]
         x = tl.load(outs + ahead * outs_part, mask=read, other=0.0)  # [BLOCK_P, BLOCK_T, BLOCK_D]
         acc += tl.sum(x.to(tl.float32) * weight[:, :, None], axis=0)
 
     # Warps share rows, and a state may be one of the parts: nobody writes before all have read.
     tl.debug_barrier()
-    tl.store(out, acc.to(out.dtype.element_ty), mask=box)
+    tl.store(out, acc.to(out.dtype.element_ty), mask=inside_d)
     tl.store(lse, top + tl.log2(mass) * LN2, mask=inside)
 
 

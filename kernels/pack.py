@@ -24,17 +24,22 @@ def _copy_rows(
     rows, num_slots, vectors, cache_row, packed_row,
     VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
-    # Sizes and strides come in vectors of VECTOR words, so the compiler sees how they are aligned.
+    """Copy BLOCK_W words of BLOCK_R rows from the cache to packed order if GATHER, else back.
+
+    Grid: (row blocks, word blocks). Sizes and strides come in vectors of VECTOR words, so that the
+    compiler sees how they are aligned.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     word = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    # Past the last row: slot -1, which no cache has.
     slot = tl.load(slots + row, mask=row < rows, other=-1)  # [BLOCK_R]
-    box = ((slot >= 0) & (slot < num_slots))[:, None] & (word < vectors * VECTOR)[None, :]
+    inside = ((slot >= 0) & (slot < num_slots))[:, None] & (word < vectors * VECTOR)[None, :]
     cache += (slot * cache_row * VECTOR)[:, None] + word[None, :]  # [BLOCK_R, BLOCK_W]
-    packed += (row * packed_row * VECTOR)[:, None] + word[None, :]
+    packed += (row * packed_row * VECTOR)[:, None] + word[None, :]  # likewise
     if GATHER:
-        tl.store(packed, tl.load(cache, mask=box), mask=box)
+        tl.store(packed, tl.load(cache, mask=inside), mask=inside)
     else:
-        tl.store(cache, tl.load(packed, mask=box), mask=box)
+        tl.store(cache, tl.load(packed, mask=inside), mask=inside)
 
 
 def gather(cache, slots, out) -> None:

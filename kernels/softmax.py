@@ -24,17 +24,17 @@ def scales(softmax_scale: float, softcap: float) -> tuple[float, float]:
 
 
 @triton.jit
-def load(at, there, ROW: tl.constexpr, BLOCK: tl.constexpr, AXIS: tl.constexpr):
-    """Return rows as an operand of a product: they lie along AXIS of `at`, which is BLOCK there.
+def load_rows(at, inside, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr, AXIS: tl.constexpr):
+    """Return rows of q, K or V as an operand of a product; 0 beyond HEADDIM and where not inside.
 
-    there: which rows to read, [rows]; None: all. What is not read, or beyond a row's ROW elements,
-    is 0.
+    at: pointers, [rows, BLOCK_D] where a row's elements run along AXIS 1, [BLOCK_D, rows] along 0.
+    inside: [rows], or None: all are.
     """
-    d = tl.expand_dims(tl.arange(0, BLOCK), 1 - AXIS)
-    if there is not None:
-        x = tl.load(at, mask=tl.expand_dims(there, AXIS) & (d < ROW), other=0.0)
-    elif ROW < BLOCK:
-        x = tl.load(at, mask=d < ROW, other=0.0)
+    d = tl.expand_dims(tl.arange(0, BLOCK_D), 1 - AXIS)
+    if inside is not None:
+        x = tl.load(at, mask=tl.expand_dims(inside, AXIS) & (d < HEADDIM), other=0.0)
+    elif HEADDIM < BLOCK_D:
+        x = tl.load(at, mask=d < HEADDIM, other=0.0)
     else:
         x = tl.load(at)
     return x.to(tl.float32) if INTERPRET else x
@@ -66,20 +66,21 @@ def start(
 @triton.jit
 def fold(
     acc, top, mass, q, kt, v, visible, scale2, cap2,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return (acc, top, mass) with one more block of keys.
 
     q [BLOCK_M, BLOCK_D], kt [BLOCK_D, BLOCK_N], v [BLOCK_N, BLOCK_DV], visible [BLOCK_M, BLOCK_N].
+    NEGATIVE: scale2 may be below 0, where the largest product is not the largest score.
     """
     s = tl.dot(q, kt, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N] float32
     if SOFTCAP:  # cap2 * tanh(x), where 2 ** (s * scale2) = exp(2 * x)
         s = cap2 - 2.0 * cap2 / (1.0 + tl.exp2(s * scale2))
-    elif MASKED:
+    elif MASKED or NEGATIVE:
         s *= scale2
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
-    if MASKED or SOFTCAP:
+    if MASKED or SOFTCAP or NEGATIVE:
         higher = tl.maximum(top, tl.max(s, 1))
         # A row that has seen nothing yet: -inf - 0, where -inf + inf would be NaN.
         base = tl.where(higher == float("-inf"), 0.0, higher)

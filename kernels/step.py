@@ -13,7 +13,7 @@ import torch
 from ringkern.kernels import configs, target
 from ringkern.kernels.cut import Table, choose_cut
 from ringkern.kernels.merge import merge_into
-from ringkern.kernels.softmax import finish, fold, load, scales, start
+from ringkern.kernels.softmax import finish, fold, load_rows, scales, start
 from ringkern.kernels.target import check, tl, triton
 from ringkern.kernels.variant import Variant
 
@@ -31,9 +31,9 @@ def _step(
     q,  # [batch, seqlen_q, nheads, headdim]
     k,  # [batch, seqlen_k, nheads_k, headdim]
     v,  # [batch, seqlen_k, nheads_k, headdim_v]
-    out,  # [batch, seqlen_q, nheads, headdim_v], lse likewise: the state that is read
-    lse,  # [batch, nheads, seqlen_q]
-    result,  # [splits, batch, rows, nheads, headdim_v], from query row `row0` on
+    out,  # [batch, seqlen_q, nheads, headdim_v]: the state that is read, if SEED is "state"
+    lse,  # [batch, nheads, seqlen_q], likewise
+    result,  # [splits, batch, rows, nheads, headdim_v], from query row `row0` on: what is written
     result_lse,  # [splits, batch, nheads, rows]
     sinks,  # [nheads]
     tiles,  # [ntiles * splits, TILE]: q0, q1, begin, middle, end
@@ -45,10 +45,13 @@ def _step(
     result_lse_split, result_lse_batch, result_lse_head, result_lse_row,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
-    SEED: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, NEGATE: tl.constexpr,
+    SEED: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr,
     PRECISION: tl.constexpr, VECTOR: tl.constexpr, VECTOR_V: tl.constexpr,
 ):  # fmt: skip
-    # Grid: tiles and their splits, heads (of K and V if packed), batch.
+    """Add the keys of a tile's pieces, or a split of them, to what its rows have seen.
+
+    Grid: (ntiles * splits, heads, batch), heads of K and V if PACKED.
+    """
     index, head_or_group = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     tiles += index * TILE
@@ -60,7 +63,7 @@ def _step(
         token, head = m // GROUP, head_k * GROUP + m % GROUP  # [BLOCK_M]
     else:
         head_k = head_or_group // GROUP
-        token, head = m, head_or_group + m * 0  # [BLOCK_M]
+        token, head = m, tl.full([BLOCK_M], head_or_group, tl.int64)  # [BLOCK_M]
     inside = token < q1 - q0  # [BLOCK_M]
     row = q0.to(tl.int64) + token  # [BLOCK_M]
 
@@ -71,40 +74,43 @@ def _step(
     acc, top, mass = start(out_at, lse_at, sinks + head, seeded, HEADDIM_V, SEED, BLOCK_M, BLOCK_DV)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q += (batch * q_batch + row * q_row + head * q_head)[:, None] * VECTOR + d[None, :]
-    q_tile = load(q, inside, HEADDIM, BLOCK_D, 1)  # [BLOCK_M, BLOCK_D]
-    if NEGATE:  # scale2 is positive, so that the largest product is the largest score
-        q_tile = -q_tile
+    q_tile = load_rows(q, inside, HEADDIM, BLOCK_D, AXIS=1)  # [BLOCK_M, BLOCK_D]
 
     k_row, v_row = tl.cast(k_row, tl.int64) * VECTOR, tl.cast(v_row, tl.int64) * VECTOR_V
     kt_at = k + (batch * k_batch + head_k * k_head) * VECTOR + n[None, :] * k_row + d[:, None]
     v_at = v + (batch * v_batch + head_k * v_head) * VECTOR_V + n[:, None] * v_row + dv[None, :]
-    # Whole blocks of keys that all rows see.
+    # Whole blocks of keys that all rows see: kt [BLOCK_D, BLOCK_N], v_block [BLOCK_N, BLOCK_DV].
     for piece in range(begin, middle):
         piece_at = pieces + piece * PIECE
         k0, k1 = tl.load(piece_at), tl.load(piece_at + 1)
         for j in tl.range(k0, k1, BLOCK_N):
-            kt = load(kt_at + j * k_row, None, HEADDIM, BLOCK_D, 0)  # [BLOCK_D, BLOCK_N]
-            v_block = load(v_at + j * v_row, None, HEADDIM_V, BLOCK_DV, 1)  # [BLOCK_N, BLOCK_DV]
+            kt = load_rows(kt_at + j * k_row, None, HEADDIM, BLOCK_D, AXIS=0)
+            v_block = load_rows(v_at + j * v_row, None, HEADDIM_V, BLOCK_DV, AXIS=1)
             acc, top, mass = fold(
-                acc, top, mass, q_tile, kt, v_block, None, scale2, cap2, False, SOFTCAP, PRECISION
-            )
+                acc, top, mass, q_tile, kt, v_block, None, scale2, cap2,
+                False, SOFTCAP, NEGATIVE, PRECISION,
+            )  # fmt: skip
     # Keys under a mask: token t sees key k0 + i iff lo <= i * k_stride - t * q_stride <= hi.
+    # Shapes as above.
     for piece in range(middle, end):
         piece_at = pieces + piece * PIECE
         k0, k1 = tl.load(piece_at), tl.load(piece_at + 1)
         lo, hi = tl.load(piece_at + 2), tl.load(piece_at + 3)
         q_stride, k_stride = tl.load(piece_at + 4), tl.load(piece_at + 5)
+        # hi + behind, but at most FARTHEST: 32 bits would wrap.
         behind = token * q_stride  # [BLOCK_M], as low and high
         low, high = lo + behind, tl.minimum(hi, -behind + FARTHEST) + behind
         for j in tl.range(k0, k1, BLOCK_N):
             there = j + n < k1  # [BLOCK_N]
-            kt = load(kt_at + j * k_row, there, HEADDIM, BLOCK_D, 0)  # [BLOCK_D, BLOCK_N]
-            v_block = load(v_at + j * v_row, there, HEADDIM_V, BLOCK_DV, 1)  # [BLOCK_N, BLOCK_DV]
+            kt = load_rows(kt_at + j * k_row, there, HEADDIM, BLOCK_D, AXIS=0)
+            v_block = load_rows(v_at + j * v_row, there, HEADDIM_V, BLOCK_DV, AXIS=1)
+            # Keys that are not there lie left of every band.
             ahead = tl.where(there, (j - k0 + n) * k_stride, -FARTHEST)[None, :]
             visible = (ahead >= low[:, None]) & (ahead <= high[:, None])  # [BLOCK_M, BLOCK_N]
             acc, top, mass = fold(
-                acc, top, mass, q_tile, kt, v_block, visible, scale2, cap2, True, SOFTCAP, PRECISION
-            )
+                acc, top, mass, q_tile, kt, v_block, visible, scale2, cap2,
+                True, SOFTCAP, NEGATIVE, PRECISION,
+            )  # fmt: skip
 
     row -= row0
     result += split * result_split + batch * result_batch
@@ -122,9 +128,9 @@ def step(
 
     Args:
         q: [batch, seqlen_q, nheads, headdim], float16, bfloat16 or float32. The last dimension of
-            every tensor but lse must be contiguous. Other strides are free, but in q, k and v they
-            and the address must be multiples of 16 bytes, where a row is. One of other rows is
-            several times slower.
+            every tensor but lse must be contiguous. Other strides are free, but in q, k and v, where
+            a row is a multiple of 16 bytes, they and the address must be, too. Other rows are read
+            piece by piece, several times slower.
         k, v: [batch, seqlen_k, nheads_k, headdim] and [..., headdim_v], of q's dtype.
         out: [batch, seqlen_q, nheads, headdim_v] float32, normalised; None in phase "only".
         lse: [batch, nheads, seqlen_q] float32, natural log, +inf excepted; -inf where nothing was
@@ -177,7 +183,7 @@ def _launch(
     grid = len(table.tiles), q.shape[2] // cut.group, q.shape[0]
     _step[grid](
         q, k, v, out, lse, result, result_lse, sinks, table.tiles, table.pieces, table.splits, row0,
-        *scales(abs(softmax_scale), softcap),
+        *scales(softmax_scale, softcap),
         *target.vector_strides(q, k, v), *out.stride()[:3], *lse.stride(), *result.stride()[:4], *result_lse.stride(),
         **_constexprs(
             cut, q.shape[2] // k.shape[2], q.shape[3], v.shape[3], q.itemsize, seed, table.splits > 1,
@@ -188,12 +194,14 @@ def _launch(
     )  # fmt: skip
 
 
-def _constexprs(cut, group, headdim, headdim_v, itemsize, seed, split, softcap, negate, precision):
+def _constexprs(
+    cut, group, headdim, headdim_v, itemsize, seed, split, softcap, negative, precision
+):
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (headdim, headdim_v))
     return dict(
         HEADDIM=headdim, HEADDIM_V=headdim_v, BLOCK_D=block_d, BLOCK_DV=block_dv,
         BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, GROUP=group, PACKED=cut.group > 1, SEED=seed,
-        SPLIT=split, SOFTCAP=softcap, NEGATE=negate, PRECISION=precision,
+        SPLIT=split, SOFTCAP=softcap, NEGATIVE=negative, PRECISION=precision,
         VECTOR=target.vector(headdim, itemsize), VECTOR_V=target.vector(headdim_v, itemsize),
     )  # fmt: skip
 
@@ -291,6 +299,10 @@ def variants(arch: int) -> list[Variant]:
                 add("float16", 3 * d // 4, phase, rows, softcap=True)
     return found + [
         _variant(arch, "bfloat16-d192-dv128-middle", bf16, 192, 128, LONG, "middle"),
+        _variant(
+            arch, "bfloat16-d128-first-negative", bf16, 128, 128, LONG, "first", negative=True
+        ),
+        _variant(arch, "bfloat16-d128-last-negative", bf16, 128, 128, LONG, "last", negative=True),
         _variant(arch, "bfloat16-d72-middle", bf16, 72, 72, LONG, "middle"),
         _variant(arch, "bfloat16-d128-first-sinks", bf16, 128, 128, LONG, "first", sinks=True),
         _variant(arch, "float32-d128-tf32", "float32", 128, 128, LONG, "middle", precision="tf32"),
@@ -299,13 +311,13 @@ def variants(arch: int) -> list[Variant]:
 
 def _variant(
     arch, name, dtype, headdim, headdim_v, tokens, phase, *, sinks=False, split=False,
-    softcap=False, precision="ieee",
+    softcap=False, negative=False, precision="ieee",
 ):  # fmt: skip
     cut = choose_cut(64, 8, headdim, headdim_v, dtype, arch, tokens, phase)
     seed = "none" if split and phase == "middle" else _seed(phase, sinks)
     itemsize = configs.DTYPES[dtype] // 8
     constexprs = _constexprs(
-        cut, 8, headdim, headdim_v, itemsize, seed, split, softcap, False, precision
+        cut, 8, headdim, headdim_v, itemsize, seed, split, softcap, negative, precision
     ) | dict(lse_row=1, result_lse_row=1)
     pointer = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[dtype]
     signature = dict.fromkeys(_step.arg_names, "i32") | dict.fromkeys(constexprs, "constexpr")

@@ -61,7 +61,7 @@ def check_tensors(dtypes=None, **tensors: torch.Tensor) -> None:
 
 
 def vector(headdim: int, itemsize: int) -> int:
-    """Return of how many elements the vectors are that a row is made of; 1 if it is not.
+    """Return the elements of a vector of 16 bytes if a row is a whole number of those, else 1.
 
     Kernels take strides of aligned tensors in vectors, and multiply: of strides in elements the
     compiler sees multiples of 16 alone, and it copies rows of 72 piece by piece.

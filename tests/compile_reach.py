@@ -2,7 +2,8 @@
 
 Each thing is a line of text: a row of the tables, how a kernel is cut by it, and what else decides
 how many registers it needs: each phase, splits, softcap and none. Where few registers are left,
-that is each phase with softcap and without.
+that is each phase with softcap and without. A negative scale computes scores as softcap does, with
+less.
 """
 
 import itertools

@@ -51,7 +51,8 @@ def test_dense_calls_match_the_oracle(dtype, options):
         q, k, v = draw(*shapes, dtype=dtype)
         asked = dict(options)
         if "sinks" in asked:
-            asked["sinks"] = torch.linspace(-2, 2, heads[0], device=DEVICE)
+            sinks = torch.linspace(-2, 2, heads[0], dtype=torch.float64, device=DEVICE)
+            asked["sinks"] = sinks.repeat_interleave(2)[::2]
         found = ringkern.attn_func(q, k, v, **asked, backend="triton")
         assert found[0].dtype == dtype
         baseline = reference.attn(q, k, v, **asked, dtype=dtype)
@@ -123,6 +124,7 @@ def ring_history(ring, dtype):
     lengths = {"a": 29, "b": 2}
     whole = [torch.randn(31, heads, 16).to(dtype) for heads in (4, 2, 2)]
     sinks = torch.tensor([0.5, -3.0, float("-inf"), 2.0])
+    sinks = sinks.double().repeat_interleave(2)[::2]  # of another dtype, and apart
     placement = ringkern.Placement(ring.world_size)
     cache = ringkern.KVCache(
         ring, placement, num_layers=4, nheads_k=2, headdim=16, dtype=dtype,
@@ -274,18 +276,18 @@ def test_float32_products_are_exact_unless_asked(monkeypatch):
 
 @pytest.mark.parametrize("page_size", [4, None], ids=["decode", "step"])
 def test_phases_of_a_state(page_size):
-    """first, middle and last are only, over poison; the last query sees no key."""
-    q, k, v = draw((1, 3, 2, 16), (1, 16, 2, 16), (1, 16, 2, 16), dtype=torch.float16)
-    sinks = torch.tensor([0.5, -1.0], device=DEVICE)
+    """first, middle and last are only, over poison; most queries, more than a tile, see no key."""
+    q, k, v = draw((1, 12, 8, 16), (1, 16, 1, 16), (1, 16, 1, 16), dtype=torch.float16)
+    sinks = torch.linspace(-1, 0.5, 8, device=DEVICE)
     keys = (0, 4), (4, 12), (12, 15)
     spans = np.array([[0, 2, k0, k1, -1, k1 - k0 - 1, 1, 1] for k0, k1 in keys])
-    given = Problem(1, 2, 2, 16, 16, "float16", False, 0.25, (-1, -1), 0.0)
+    given = Problem(1, 8, 1, 16, 16, "float16", False, 0.25, (-1, -1), 0.0)
     found = {}
     for phases in (["only"], ["first", "middle", "last"]):
-        out = torch.full((1, 3, 2, 16), float("nan"), device=DEVICE)
+        out = torch.full((1, 12, 8, 16), float("nan"), device=DEVICE)
         result, lse = out.half(), out[..., 0].mT.clone()
         for phase, some in zip(phases, np.array_split(spans, len(phases)), strict=True):
-            options = dict(rows=3, page_size=page_size, phase=phase)
+            options = dict(rows=12, page_size=page_size, phase=phase)
             work = local.prepare(some, given, DEVICE, "triton", **options)
             begins = sinks if phase in ("first", "only") else None
             local.step(q, k, v, out, lse, work, given, sinks=begins, result=result)
@@ -294,7 +296,8 @@ def test_phases_of_a_state(page_size):
     for result, lse in found.values():
         torch.testing.assert_close(result[:, :2].double(), seen[0], rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(lse[..., :2].double(), seen[1], rtol=2e-3, atol=2e-3)
-        assert not result[:, 2].any() and torch.equal(lse[0, :, 2], sinks)
+        assert not result[:, 2:].any()
+        assert torch.equal(lse[0, :, 2:], sinks[:, None].expand(8, 10))
 
 
 # ---- merges

@@ -35,7 +35,8 @@ def test_tables_hold_every_key_of_every_query(data, sequences, page_size):
         row = q1
     rows = row + data.draw(st.integers(0, 2))
     table = make_decode_table(np.array(spans, dtype=np.int64), rows, page_size)
-    edges = table.cu_seqlens_q
+    edges, has_keys = table.cu_seqlens_q, table.seqused_k > 0
+    assert np.diff(edges).max() == np.diff(edges)[has_keys].max(), "what max_seqlen_q bounds"
     assert edges[0] == 0 and edges[-1] == rows and (np.diff(edges) > 0).all()
     assert table.page_table.dtype == table.seqused_k.dtype == edges.dtype == np.int32
     for seq, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True)):

@@ -339,6 +339,7 @@ REFUSALS = [
     (dict(sinks=torch.zeros(2, device=DEVICE)), r"sinks: want \(4,\), got \(2,\)"),
     (dict(sinks=torch.zeros(4, device=DEVICE).int()), "sinks: want .*, got torch.int32"),
     (dict(sinks=torch.zeros(4, device=DEVICE), seeded=True), "sinks: want None"),
+    (dict(sinks=torch.zeros(8, device=DEVICE)[::2]), "sinks: want a stride of 1, got 2"),
     (dict(limits=torch.zeros(2, dtype=torch.int32)), r"limits: want \(3,\), got \(2,\)"),
     (dict(page_size=0), "page_size: want 1 or more, got 0"),
     (dict(num_splits=0), "num_splits: want 1 or more, got 0"),

@@ -269,7 +269,10 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         blocks = dict(step=(16, 16), decode=(16, 16), merge=(4, 0))
         rows = itertools.product(blocks, sorted(set(configs.DTYPES.values())))
-        made = [configs.Row(x, "*", n, 256, "*", configs.Config(*blocks[x], 4, 1)) for x, n in rows]
+        made = [
+            configs.Row(x, "*", n, 256, "*", None, configs.Config(*blocks[x], 4, 1))
+            for x, n in rows
+        ]
         patch.setattr(configs, "ROWS", tuple(made))
         configs.find.cache_clear()
         yield

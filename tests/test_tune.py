@@ -1,5 +1,6 @@
 """Tuning: which configuration is chosen, what becomes of the table, and what is dropped."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import torch
 from ringkern import cli
 from ringkern.kernels import configs
 from ringkern.kernels.configs import Config
+from ringkern.kernels.cut import choose_cut
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench/ is no part of the package
@@ -19,44 +21,69 @@ from bench import gpu, tune, tune_table  # noqa: E402
 from bench.tune_table import Key, Trial  # noqa: E402
 
 SM_90 = """\
-kernel  family  bits  headdim  phase   block_m  block_n  num_warps  num_stages
-step    sm_90   16    64       *       128      128      8          3
-step    sm_80   16    128      *       128      64       8          3
-step    *       16    128      *       64       32       4          2
-decode  *       16    128      *       32       64       4          3
-decode  *       16    256      *       32       32       4          3
+kernel  family  bits  headdim  phase   rows  block_m  block_n  num_warps  num_stages
+step    sm_90   16    64       *       *     128      128      8          3
+step    sm_80   16    128      *       *     128      64       8          3
+step    *       16    128      *       *     64       32       4          2
+step    sm_90   16    128      *       16    16       32       4          2
+step    *       16    128      *       16    16       64       4          2
+step    *       16    128      *       32    32       64       4          2
+step    *       16    128      *       64    64       64       8          3
+decode  *       16    128      *       *     32       64       4          3
+decode  *       16    256      *       *     32       32       4          3
 """
 D64, D128 = Key("step", 16, 64, "*"), Key("step", 16, 128, "*")
+ROWS_16, ROWS_32, ROWS_64 = (D128._replace(rows=rows) for rows in (16, 32, 64))
 DECODE_128, DECODE_256 = Key("decode", 16, 128, "*"), Key("decode", 16, 256, "*")
+KEYS = [D64, D128, ROWS_16, ROWS_32, ROWS_64, DECODE_128, DECODE_256]
+ARCHS = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100}
 
 
 def test_the_table_is_renewed_for_one_family_only():
-    assert tune_table.keys(SM_90, "sm_90") == [D64, D128, DECODE_128, DECODE_256]
+    assert tune_table.keys(SM_90, "sm_90") == KEYS
     found = {
         D64: Config(64, 64, 4, 2),
         D128: Config(128, 64, 8, 2),
+        ROWS_16: Config(16, 128, 4, 2),
+        ROWS_32: Config(32, 32, 4, 4),
         DECODE_256: Config(16, 32, 2, 4),
     }
     renewed = tune_table.renew(SM_90, "sm_90", found)
     assert renewed.splitlines() == [
-        "kernel  family  bits  headdim  phase   block_m  block_n  num_warps  num_stages",
-        "step    sm_90   16    64       *       64       64       4          2",
-        "step    sm_80   16    128      *       128      64       8          3",
-        "step    sm_90   16    128      *       128      64       8          2",
-        "step    *       16    128      *       64       32       4          2",
-        "decode  *       16    128      *       32       64       4          3",
-        "decode  sm_90   16    256      *       16       32       2          4",
-        "decode  *       16    256      *       32       32       4          3",
+        "kernel  family  bits  headdim  phase   rows  block_m  block_n  num_warps  num_stages",
+        "step    sm_90   16    64       *       *     64       64       4          2",
+        "step    sm_80   16    128      *       *     128      64       8          3",
+        "step    sm_90   16    128      *       *     128      64       8          2",
+        "step    *       16    128      *       *     64       32       4          2",
+        "step    sm_90   16    128      *       16    16       128      4          2",
+        "step    *       16    128      *       16    16       64       4          2",
+        "step    sm_90   16    128      *       32    32       32       4          4",
+        "step    *       16    128      *       32    32       64       4          2",
+        "step    *       16    128      *       64    64       64       8          3",
+        "decode  *       16    128      *       *     32       64       4          3",
+        "decode  sm_90   16    256      *       *     16       32       2          4",
+        "decode  *       16    256      *       *     32       32       4          3",
     ]
     for key, config in found.items():
         assert tune_table.taken(renewed, "sm_90", key) == config
     for family in ("sm_80", "sm_100"):
-        for key in (D64, D128, DECODE_128, DECODE_256):
+        for key in KEYS:
             assert tune_table.taken(renewed, family, key) == tune_table.taken(SM_90, family, key)
     again = tune_table.renew(renewed, "sm_90", found)
     assert again == renewed, "the same figures give the same text"
     same = {D128: tune_table.taken(SM_90, "sm_90", D128)}
     assert tune_table.renew(SM_90, "sm_90", same) == SM_90, "what applies already needs no row"
+
+
+def test_tiles_of_few_rows_are_keys_where_others_have_more():
+    assert tune_table.keys(SM_90, "sm_80") == [k for k in KEYS if k != D64]
+    assert tune_table.keys(SM_90, "sm_100") == [k for k in KEYS if k not in (D64, ROWS_64)]
+    assert [str(key) for key in KEYS[1:4]] == [
+        "step/16/128",
+        "step/16/128/rows16",
+        "step/16/128/rows32",
+    ]
+    assert str(ROWS_16._replace(phase="last")) == "step/16/128/last/rows16"
 
 
 @pytest.mark.parametrize("family", configs.SHARED_BYTES)
@@ -66,13 +93,14 @@ def test_the_shipped_table_can_be_renewed(family):
     assert tune_table.renew_source(source, family, {}) == source
     every = tune_table.keys(table, family)
     assert {key.kernel for key in every} == {"step", "decode", "merge", "pack"}
-    found = {key: Config(48, key.headdim, 4, 9) for key in every}
+    assert {(key.kernel, key.rows) for key in every if key.rows} >= {("step", 16), ("step", 32)}
+    found = {key: Config(key.rows or 48, key.headdim, 4, 9) for key in every}
     renewed = tune_table.renew(table, family, found)
     scope = {"__name__": "renewed"}
     exec(tune_table.renew_source(source, family, found), scope)
     assert scope["TABLE"].lstrip("\n") == renewed
     for key in every:
-        assert tune_table.taken(table, family, key) in tune.candidates(key, family)
+        assert tune_table.taken(table, family, key) == tune.candidates(key, family)[0]
         assert tune_table.taken(renewed, family, key) == found[key]
     for other in set(configs.SHARED_BYTES) - {family}:
         for key in tune_table.keys(table, other):
@@ -124,6 +152,29 @@ def test_forced_configurations_are_taken_and_given_back():
     assert configs.pick("step", 80, 128, 128, "bfloat16") == before
 
 
+@pytest.mark.parametrize("family", ARCHS)
+def test_tiles_of_few_rows_are_what_is_launched(family, monkeypatch):
+    """With the workloads of a key with rows, whatever the table gives to other steps."""
+    monkeypatch.setattr(tune, "here", lambda: family)
+    short = [key for key in tune_table.keys(configs.TABLE, family) if key.rows]
+    assert short
+    for key in short:
+        every = tune.candidates(key, family)
+        assert len(every) > 3 and {config.block_m for config in every} == {key.rows}
+        for config, quick in itertools.product(every, (False, True)):
+            for case in tune.workloads(key, quick):
+                x, d = case.shape, case.shape["headdim"]
+                group = x["nheads"] // x["nheads_k"]
+                assert quick or x["seqlen_q"] * group == key.rows
+                shape = x["nheads"], x["nheads_k"], d, d, case.dtype, ARCHS[family], x["seqlen_q"]
+                for phase in configs.PHASES:
+                    with tune.forced(key, config):
+                        cut = choose_cut(*shape, phase)
+                    name = f"{key} {case.id} {phase}: {cut}"
+                    assert (cut.block_m, cut.group) == (key.rows, group), name
+                    assert Config(cut.block_m, cut.block_n, *cut[3:5]) == config, name
+
+
 def test_each_phase_is_tuned_by_what_runs_it():
     for phase, impl in (
         ("*", "ringkern"),
@@ -132,8 +183,8 @@ def test_each_phase_is_tuned_by_what_runs_it():
     ):
         for case in tune.workloads(Key("step", 16, 128, phase), quick=True):
             assert case.impls == (impl,)
-    job = Key("step", 16, 64, "middle"), Config(32, 32, 4, 2), True
-    assert tune.measure(job).dropped is None
+    for key in (Key("step", 16, 64, "middle"), Key("step", 16, 64, "*", 32)):
+        assert tune.measure((key, Config(32, 32, 4, 2), True)).dropped is None
 
 
 def tune_arch():
@@ -155,11 +206,12 @@ def test_tuning_through_the_command(monkeypatch, capsys):
     before = tune.SOURCE.read_text()
     monkeypatch.setattr(tune, "in_children", lambda jobs, work: map(work, jobs))
     every = tune_table.keys(configs.TABLE.lstrip("\n"), tune.here())
-    keys = list({key.kernel: str(key) for key in every}.values())  # the last of each kernel
+    # The last of each kernel, and the last that is for few rows.
+    keys = list({(key.kernel, key.rows is None): str(key) for key in every}.values())
     assert cli.main(["bench", "tune", *keys, "--quick", "--json"]) == 0
     printed = capsys.readouterr()
     trials = [json.loads(line) for line in printed.out.splitlines()]
-    assert [one["key"] for one in trials[::2]] == keys and len(keys) == 4
+    assert [one["key"] for one in trials[::2]] == keys and len(keys) == 5
     assert all(one["dropped"] is None for one in trials), trials
     assert printed.err.startswith("kernel  family"), "the table"
     assert tune.SOURCE.read_text() == before

@@ -12,7 +12,8 @@ class DecodeTable(NamedTuple):
 
     page_table: [sequences, pages], pages in order; those past a sequence's keys are 0.
     seqused_k: [sequences], keys. 0: queries that see none.
-    cu_seqlens_q: [sequences + 1], from 0 to the rows of the query tensor.
+    cu_seqlens_q: [sequences + 1], from 0 to the rows of the query tensor. No sequence has more
+        queries than the longest that has keys.
     """
 
     page_table: np.ndarray
@@ -51,8 +52,9 @@ def make_decode_table(
     few = (ends - begins).max(initial=0) <= (1 if each_row else MOST_ROWS)
     if not (full.all() and whole.all() and alike and few):
         return None
-    edges = np.unique(np.concatenate([[0, rows], begins, ends]))
-    edges = np.arange(rows + 1) if each_row else edges
+    edges = _cut(
+        np.unique(np.concatenate([[0, rows], begins, ends])), (ends - begins).max(initial=1)
+    )
     seq = np.searchsorted(edges, begins)[of]  # rows between are sequences without keys
     pages = -(-k1 // page_size) - k0 // page_size
     count = np.bincount(seq, pages, len(edges) - 1).astype(np.int64)
@@ -66,3 +68,10 @@ def make_decode_table(
     return DecodeTable(
         page_table, seqused_k.astype(np.int32), edges.astype(np.int32), int(page_size)
     )
+
+
+def _cut(edges, most):
+    """Return edges with more between them, so that no two that follow are more than most apart."""
+    counts = -(-np.diff(edges) // most)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.append(np.repeat(edges[:-1], counts) + most * within, edges[-1])

@@ -132,8 +132,6 @@ def _prepare_decode(table, problem, device, phase, room: int | None = None) -> _
         sequences, longest = len(queries), room * table.page_size
         page_table = np.zeros((len(queries), room), dtype=np.int32)
         page_table[:, : table.page_table.shape[1]] = table.page_table
-    else:
-        queries = queries[table.seqused_k > 0]
     num_sms = _num_sms(device)
     splits = env.num_splits() or choose_splits(sequences, problem.nheads_k, longest, num_sms)
     arrays = page_table, table.seqused_k, table.cu_seqlens_q
@@ -171,8 +169,9 @@ def step(q, k, v, out, lse, work, problem: Problem, *, sinks=None, result=None) 
             clear_state(out, lse, sinks)
         step_torch.step(q, k, v, out, lse, work.spans, **options)
         return
+    sinks = None if sinks is None else sinks.float().contiguous()
     options |= dict(sinks=sinks, allow_tf32=_allow_tf32())
-    q, k, v = align(q=q, k=k, v=v)
+    q, k, v = align(q, k, v)
     if isinstance(work, _Decode):
         from ringkern.kernels.decode import decode
 
@@ -205,6 +204,7 @@ def attend(q, k, v, spans: np.ndarray, problem: Problem, sinks, backend: str):
             "attention in a CUDA graph: want a ring's call, whose tables stay, got one on its own. "
             "Use ringkern.DecodeGraphs, or call it outside of the graph."
         )
+    q, k, v = align(q, k, v, say="qkv")
     work = prepare(spans, problem, q.device, backend, rows=seqlen_q, phase="only")
     out = q.new_empty(batch, seqlen_q, nheads, problem.headdim_v)
     lse = q.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
@@ -212,14 +212,18 @@ def attend(q, k, v, spans: np.ndarray, problem: Problem, sinks, backend: str):
     return out, lse
 
 
-def align(**tensors):
-    """Return tensors as Triton's kernels take them: copies of those whose rows begin elsewhere."""
+def align(*tensors, say: str = ""):
+    """Return tensors as Triton's kernels take them: copies of those whose rows begin elsewhere.
+
+    say: a letter for each, where the copies are worth a warning: of what a caller gave.
+    """
     from ringkern.kernels import target
 
     found = []
-    for name, x in tensors.items():
+    for i, x in enumerate(tensors):
         if not target.is_aligned(x):
-            _warn_copy(name)
+            if say:
+                _warn_copy(say[i])
             x = x.clone(memory_format=torch.contiguous_format)
         found.append(x)
     return found

@@ -182,7 +182,7 @@ class Program:
         lse = q.new_empty(batch, nheads, rows, dtype=torch.float32)
         out = result if self._out is None else self._out
         if self._backend == "triton":  # once, where each step would
-            q, *own_kv = local.align(q=q, k=own_kv[0], v=own_kv[1])
+            q, *own_kv = local.align(q, *own_kv, say="qkv")
         if not isinstance(self._first, Work):
             local.clear_state(out, lse, sinks)
         for step in self._steps:
