@@ -24,15 +24,15 @@ from bench.tune_table import Key, Trial
 SOURCE = machine.ROOT / "kernels" / "configs.py"
 REPETITIONS = 7
 TIMEOUT_S = 300.0  # for one configuration: some never finish compiling
-# What is tried: block_m, block_n, num_warps, num_stages, by kernel and bits of the dtype.
+# What is tried: the fields of Config, by kernel and bits of the dtype.
 SPACE = {
-    ("step", 16): ((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)),
-    ("step", 32): ((16, 32, 64), (16, 32), (4, 8), (2,)),
-    ("decode", 16): ((16, 32), (32, 64, 128), (2, 4, 8), (2, 3, 4)),
-    ("decode", 32): ((16,), (16, 32), (2, 4), (2, 3)),
-    ("merge", 16): ((4, 8, 16, 32), (0,), (2, 4, 8), (1,)),
-    ("merge", 32): ((4, 8, 16, 32), (0,), (2, 4, 8), (1,)),
-    ("pack", 32): ((2, 4, 8, 16), (0,), (2, 4, 8), (1,)),
+    ("step", 16): ((64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (None, 255)),
+    ("step", 32): ((16, 32, 64), (16, 32), (4, 8), (2,), (None, 128, 255)),
+    ("decode", 16): ((16, 32), (32, 64, 128), (2, 4, 8), (2, 3, 4), (None, 255)),
+    ("decode", 32): ((16,), (16, 32), (2, 4), (2, 3), (None, 128, 255)),
+    ("merge", 16): ((4, 8, 16, 32), (0,), (2, 4, 8), (1,), (None,)),
+    ("merge", 32): ((4, 8, 16, 32), (0,), (2, 4, 8), (1,), (None,)),
+    ("pack", 32): ((2, 4, 8, 16), (0,), (2, 4, 8), (1,), (None,)),
 }
 SHORT_KEYS = {16: 65536, 32: 16384}  # that few queries are measured against, by bits of the dtype
 # What is measured for a phase: of one that is not here, as "last", what starts from the same.
@@ -130,6 +130,8 @@ def _line(key, trial, as_json):
         return json.dumps({"key": str(key)} | trial._asdict() | {"config": trial.config._asdict()})
     cut = f"{trial.config.block_m} x {trial.config.block_n}"
     what = f"{key}: {cut}, {trial.config.num_warps} warps, {trial.config.num_stages} stages"
+    if trial.config.registers is not None:
+        what += f", {trial.config.registers} registers"
     if trial.dropped:
         return f"{what}: dropped: {trial.dropped}"
     return f"{what}: {', '.join(f'{1e6 * time:.1f} us' for time in trial.times_s)}"

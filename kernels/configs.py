@@ -2,7 +2,8 @@
 
 Pure: no torch, no device. What a row must hold is no spills and shared memory within SHARED_BYTES:
 tests/compile_report.py proves it of every row that a launch can reach, in each phase, where heads
-are a multiple of 16 bytes.
+are a multiple of 16 bytes and K's are as wide as V's, or 192 and 128. Of other pairs some spill in
+16 bits.
 """
 
 import functools
@@ -20,57 +21,57 @@ FAMILIES |= dict.fromkeys((100, 101, 103, 110), "sm_100")
 # The first row that fits is taken. family and phase: * is any. bits: of the dtype. headdim: the
 # larger of headdim and headdim_v, up to this. rows: * is any; a number, which is its block_m: of a
 # tile that has use for no more, instead of a row * with a larger block_m. A kernel without blocks
-# of keys has block_n 0.
+# of keys has block_n 0. registers: that a thread may have; * is as many as the compiler likes. Left
+# alone, it spills some where that fits one more program on an SM; given a number, it keeps more
+# values at hand, and spills some of those. Which is right of a row, only compiling it tells.
 TABLE = """
-kernel  family  bits  headdim  phase   rows  block_m  block_n  num_warps  num_stages
-step    sm_90   16    64       *       *     128      128      8          3
-step    sm_90   16    128      first   *     128      128      8          2
-step    sm_90   16    128      middle  *     128      128      8          2
-step    sm_90   16    128      *       *     128      64       8          3
-step    sm_90   16    256      *       *     64       32       8          2
-step    sm_100  16    128      *       *     128      64       8          3
-step    sm_100  16    256      *       *     64       32       8          2
-step    sm_80   16    64       *       *     128      64       8          3
-step    sm_80   16    128      first   *     128      64       8          3
-step    sm_80   16    128      middle  *     128      64       8          3
-step    sm_80   16    128      *       *     64       64       8          3
-step    sm_80   16    256      *       *     32       64       8          2
-step    *       16    64       *       *     128      64       8          2
-step    *       16    128      first   *     128      64       8          2
-step    *       16    128      middle  *     128      64       8          2
-step    *       16    128      *       *     128      32       8          2
-step    *       16    256      *       *     32       32       4          2
-step    *       32    64       *       *     64       32       8          2
-step    sm_90   32    128      *       *     16       32       8          2
-step    sm_100  32    128      *       *     16       32       8          2
-step    *       32    128      *       *     32       16       4          2
-step    sm_80   32    256      *       *     32       32       8          2
-step    sm_90   32    256      *       *     16       16       16         2
-step    sm_100  32    256      *       *     16       16       8          2
-step    *       32    256      *       *     16       32       8          2
-step    *       16    128      *       16    16       64       4          2
-step    *       16    128      *       32    32       64       4          2
-step    *       16    128      *       64    64       64       8          3
-step    *       16    256      *       16    16       32       4          2
-step    *       16    256      *       32    32       32       4          2
-step    *       32    64       *       16    16       32       4          2
-step    *       32    64       *       32    32       32       4          2
-step    *       32    128      *       16    16       16       4          2
-step    sm_80   32    256      *       16    16       16       8          2
-decode  *       16    128      *       *     32       64       4          3
-decode  *       16    256      *       *     16       32       8          2
-decode  *       32    128      *       *     16       16       4          2
-decode  *       32    256      *       *     16       16       4          2
-merge   *       16    128      *       *     16       0        4          1
-merge   *       16    256      *       *     8        0        4          1
-merge   *       32    128      *       *     16       0        4          1
-merge   *       32    256      *       *     8        0        4          1
-pack    *       32    256      *       *     4        0        4          1
+kernel  family  bits  headdim  phase   rows  block_m  block_n  num_warps  num_stages  registers
+step    sm_90   16    64       *       *     128      128      8          3           *
+step    sm_90   16    128      first   *     128      128      8          2           *
+step    sm_90   16    128      middle  *     128      128      8          2           *
+step    sm_90   16    128      *       *     128      64       8          3           *
+step    sm_90   16    256      *       *     64       32       8          2           *
+step    sm_100  16    128      *       *     128      64       8          3           *
+step    sm_100  16    256      *       *     64       32       8          2           *
+step    sm_80   16    64       *       *     128      64       8          3           *
+step    sm_80   16    128      first   *     128      64       8          3           *
+step    sm_80   16    128      middle  *     128      64       8          3           *
+step    sm_80   16    128      *       *     64       64       8          3           *
+step    sm_80   16    256      *       *     32       64       8          2           *
+step    *       16    64       *       *     128      64       8          2           *
+step    *       16    128      first   *     128      64       8          2           *
+step    *       16    128      middle  *     128      64       8          2           *
+step    *       16    128      *       *     128      32       8          2           *
+step    *       16    256      *       *     32       32       4          2           255
+step    sm_90   32    64       *       *     32       32       8          2           255
+step    sm_100  32    64       *       *     64       16       8          2           255
+step    *       32    64       *       *     64       32       8          2           255
+step    sm_90   32    128      *       *     16       32       8          2           255
+step    sm_100  32    128      *       *     16       32       8          2           255
+step    sm_80   32    128      *       *     32       16       4          2           255
+step    *       32    128      *       *     32       16       8          2           255
+step    *       32    256      *       *     16       16       8          2           255
+step    *       16    128      *       16    16       64       4          2           255
+step    *       16    128      *       32    32       64       4          2           255
+step    *       16    128      *       64    64       64       8          3           255
+step    *       16    256      *       16    16       32       4          2           255
+step    *       16    256      *       32    32       32       4          2           255
+step    sm_100  32    64       *       16    16       32       8          2           255
+step    *       32    64       *       16    16       32       4          2           255
+step    sm_80   32    64       *       32    32       32       4          2           255
+step    sm_100  32    64       *       32    32       16       4          2           255
+step    *       32    64       *       32    32       32       8          2           255
+step    *       32    128      *       16    16       16       4          2           255
+decode  *       16    128      *       *     32       64       4          3           255
+decode  *       16    256      *       *     16       32       8          2           128
+decode  *       32    128      *       *     16       16       4          2           255
+decode  *       32    256      *       *     16       16       8          2           255
+merge   *       16    128      *       *     16       0        4          1           *
+merge   *       16    256      *       *     8        0        4          1           *
+merge   *       32    128      *       *     16       0        4          1           *
+merge   *       32    256      *       *     8        0        4          1           *
+pack    *       32    256      *       *     4        0        4          1           *
 """
-
-# That a thread may have. Left alone, ptxas spills some where that fits one more program on an SM; of
-# 4 warps, two fit with all of them.
-MOST_REGISTERS = 255
 
 
 class Config(NamedTuple):
@@ -80,6 +81,7 @@ class Config(NamedTuple):
     block_n: int  # keys; 0 where there are none
     num_warps: int
     num_stages: int
+    registers: int | None = None  # that a thread may have; None: as many as the compiler likes
 
 
 class Row(NamedTuple):
@@ -94,14 +96,19 @@ class Row(NamedTuple):
     config: Config
 
 
+def _number(cell: str) -> int | None:
+    return None if cell == "*" else int(cell)
+
+
 def parse(table: str) -> tuple[Row, ...]:
     """Return the rows of a table, whose first line is its head."""
     return tuple(_parse(*line.split()) for line in table.strip().splitlines()[1:])
 
 
 def _parse(kernel, family, bits, headdim, phase, rows, *config):
-    rows = None if rows == "*" else int(rows)
-    return Row(kernel, family, int(bits), int(headdim), phase, rows, Config(*map(int, config)))
+    return Row(
+        kernel, family, int(bits), int(headdim), phase, _number(rows), Config(*map(_number, config))
+    )
 
 
 ROWS = parse(TABLE)
@@ -181,7 +188,7 @@ def explain(
 ) -> str:  # fmt: skip
     """Return one line: which row of the table was taken, and why. Arguments as for pick()."""
     row = find(kernel, arch, headdim, headdim_v, dtype, phase, rows)
-    block_m, block_n, num_warps, num_stages = row.config
+    block_m, block_n, num_warps, num_stages, registers = row.config
     cut = f"{block_m} x {block_n}" if block_n else f"{block_m} rows"
     asked = f"sm_{arch} {dtype} headdim {headdim}, {headdim_v} phase {phase}"
     taken = f"{row.family} {row.bits} bits headdim <= {row.headdim} phase {row.phase}"
@@ -189,4 +196,7 @@ def explain(
         asked += f" rows {rows}"
     if row.rows is not None:
         taken += f" rows <= {row.rows}"
-    return f"{kernel} {cut}, {num_warps} warps, {num_stages} stages: {asked} is row {taken}"
+    launch = f"{num_warps} warps, {num_stages} stages"
+    if registers is not None:
+        launch += f", {registers} registers"
+    return f"{kernel} {cut}, {launch}: {asked} is row {taken}"

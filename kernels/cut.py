@@ -19,7 +19,7 @@ class Cut(NamedTuple):
     group: int  # heads packed into the rows of a tile; 1: each head has tiles of its own
     num_warps: int
     num_stages: int
-    registers: int = 0  # that a thread may have; 0: as many as the compiler likes
+    registers: int | None = None  # that a thread may have; None: as many as the compiler likes
 
     @property
     def block_q(self) -> int:
@@ -58,10 +58,7 @@ def choose_cut(
         packed = tokens * group / (triton.cdiv(tokens, block_m // group) * block_m)
     group = group if apart < PACK_BELOW * packed else 1
     config = configs.pick(*shape, rows=min(tokens * group, block_m))
-    roomy = config.num_warps <= 4 or config.block_m < block_m  # short work fits as one program
-    registers = configs.MOST_REGISTERS if roomy else 0
-    launch = config.num_warps, config.num_stages, registers
-    return Cut(config.block_m, config.block_n, group, *launch)
+    return Cut(config.block_m, config.block_n, group, *config[2:])
 
 
 def tiles_to_fill(cut: Cut, batch: int, nheads: int, num_sms: int) -> int:

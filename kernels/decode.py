@@ -148,8 +148,7 @@ def decode(
     (total_q, nheads, headdim), (_, nheads_k, headdim_v) = q.shape, v.shape
     parts, lses = out[None], lse[None]
     if num_splits > 1:
-        parts = q.new_empty(num_splits, total_q, nheads, headdim_v, dtype=torch.float32)
-        lses = q.new_empty(num_splits, nheads, total_q, dtype=torch.float32)
+        parts, lses = merge.empty_parts(q, num_splits, total_q, nheads, headdim_v)
     group = nheads // nheads_k
     rows, keys = group * max_seqlen_q, page_table.shape[1] * page_size
     blocks, config = _blocks(arch_of(q.device), headdim, headdim_v, dtype_name(q), rows)
@@ -170,7 +169,7 @@ def decode(
             SEED=seed, SOFTCAP=softcap > 0,
             PRECISION="tf32" if allow_tf32 else "ieee",
             num_warps=config.num_warps, num_stages=config.num_stages,
-            maxnreg=_registers(config, dtype_name(q), max(headdim, headdim_v)),
+            maxnreg=config.registers,
         )  # fmt: skip
     if num_splits > 1:
         merge.merge_into(parts, lses, out, lse, seeded=seeded)
@@ -245,18 +244,6 @@ def _blocks(arch, headdim, headdim_v, dtype, rows):
     return blocks, config
 
 
-def _registers(config, dtype, widest):
-    """Return the most registers to allow a thread; None: as many as the compiler likes.
-
-    See configs.MOST_REGISTERS. A float32 kernel takes all that it may: it gets what leaves room for
-    PROGRAMS_PER_SM, and one of a wide headdim, which would take more than that, what it likes.
-    """
-    if config.num_warps > 4 or (dtype == "float32" and widest > 128):
-        return None
-    room = (1 << 16) // (PROGRAMS_PER_SM * 32 * config.num_warps)
-    return room if dtype == "float32" else configs.MOST_REGISTERS
-
-
 def variants(arch: int) -> list[Variant]:
     """Return what offline compilation compiles: every tile of the table, and each option."""
     cases = [
@@ -312,7 +299,7 @@ def _variant(
         constexprs=constexprs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=_registers(config, dtype, max(headdim, headdim_v)),
+        maxnreg=config.registers,
         divisible_by_16=(*pointers, *strides),
         expects=frozenset({"pipelined", *["mma"] * ("16" in dtype or precision == "tf32")}),
     )

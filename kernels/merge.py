@@ -131,6 +131,19 @@ def merge_(out, lse, part_out, part_lse) -> None:
     merge_into(part_out[None], part_lse[None], out, lse, seeded=True)
 
 
+def empty_parts(like: torch.Tensor, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (outs, lses) as merge_into() takes them, with nothing in them, on the device of `like`.
+
+    Args:
+        shape: [parts, total, nheads, headdim], or [parts, batch, seqlen, nheads, headdim]. Rows
+            begin at multiples of 16 elements whatever headdim, so that kernels store vectors.
+    """
+    *where, tokens, nheads, headdim = shape
+    width = triton.cdiv(headdim, 16) * 16
+    outs = like.new_empty(*where, tokens, nheads, width, dtype=torch.float32)[..., :headdim]
+    return outs, like.new_empty(*where, nheads, tokens, dtype=torch.float32)
+
+
 def merge_into(outs, lses, out, lse, *, seeded: bool = False) -> None:
     """Write what merge() returns into (out, lse).
 

@@ -12,7 +12,7 @@ import math
 import torch
 from ringkern.kernels import configs, target
 from ringkern.kernels.cut import Table, choose_cut
-from ringkern.kernels.merge import merge_into
+from ringkern.kernels.merge import empty_parts, merge_into
 from ringkern.kernels.softmax import finish, fold, load_rows, scales, start
 from ringkern.kernels.target import check, tl, triton
 from ringkern.kernels.variant import Variant
@@ -161,8 +161,7 @@ def step(
         # The state joins with the parts, or as part 0 where what is written is not the state.
         first, last = table.rows[0], table.rows[-1]
         shape = (table.splits, q.shape[0], last - first, *written.shape[2:])
-        parts = out.new_empty(shape, dtype=torch.float32)
-        lses = lse.new_empty(*shape[:2], shape[3], shape[2])
+        parts, lses = empty_parts(q, *shape)
         middle = phase == "middle"
         _launch(*inputs, parts, lses, first, "none" if middle else seed)
         for a, b in zip(table.rows[::2], table.rows[1::2], strict=True):
@@ -190,7 +189,7 @@ def _launch(
             softcap != 0, softmax_scale < 0, "tf32" if allow_tf32 else "ieee",
         ),
         num_warps=cut.num_warps, num_stages=cut.num_stages,
-        maxnreg=cut.registers or None,
+        maxnreg=cut.registers,
     )  # fmt: skip
 
 
@@ -267,52 +266,62 @@ def variants(arch: int) -> list[Variant]:
 
     Each has a full and a masked loop. One whose keys are split needs all registers that it needs
     otherwise, so that it stands for both. A float32 step's result is of its state's dtype, so that
-    "last" is the kernel of "middle", and "only" that of "first".
+    "last" is the kernel of "middle", and "only" that of "first"; the compiler may spill there for
+    any headdim, so that narrower ones are compiled, too.
     """
-    dims = sorted({row.headdim for row in configs.ROWS if row.kernel == "step"}, reverse=True)
-    bf16, cuts, found = "bfloat16", set(), []
+    bf16, found = "bfloat16", []
 
-    def add(dtype, d, phase, rows, packed="", **options):
-        words = [packed or f"rows{rows}"] * (rows != LONG)
-        words += [word for word in options if options[word]]
-        name = "-".join([dtype, f"d{d}", phase, *words])
-        tokens = rows if rows == LONG else rows // 8
-        found.append(_variant(arch, name, dtype, d, d, tokens, phase, **options))
+    def add(*shape, **options):
+        found.append(_variant(arch, *shape, **options))
 
     for dtype, phases in ((bf16, PHASES), ("float32", PHASES[:2])):
-        for d, rows, phase in itertools.product(dims, (LONG, 64, 32, 16), phases):
-            row = configs.find("step", arch, d, d, dtype, phase, rows)
-            if (row, phase) in cuts:
-                continue
-            values = row.config.block_m * (row.config.block_n + d) // (32 * row.config.num_warps)
-            tight = dtype == bf16 and values >= MANY_VALUES
-            capped = False
-            if row not in {row for row, _ in cuts}:
-                add(dtype, d, phase, rows, split=True, softcap=True)
-                capped = phase != "middle"  # whose parts have no state to start from
-            cuts.add((row, phase))
-            if tight or not capped:
-                add(dtype, d, phase, rows, softcap=rows != LONG and phase == "last")
-            if tight:
-                add("float16", 3 * d // 4, phase, row.config.block_m, packed="packed")
-            if tight and not capped:
-                add("float16", 3 * d // 4, phase, rows, softcap=True)
-    return found + [
-        _variant(arch, "bfloat16-d192-dv128-middle", bf16, 192, 128, LONG, "middle"),
-        _variant(
-            arch, "bfloat16-d128-first-negative", bf16, 128, 128, LONG, "first", negative=True
-        ),
-        _variant(arch, "bfloat16-d128-last-negative", bf16, 128, 128, LONG, "last", negative=True),
-        _variant(arch, "bfloat16-d72-middle", bf16, 72, 72, LONG, "middle"),
-        _variant(arch, "bfloat16-d128-first-sinks", bf16, 128, 128, LONG, "first", sinks=True),
-        _variant(arch, "float32-d128-tf32", "float32", 128, 128, LONG, "middle", precision="tf32"),
-    ]
+        for row, places in _rows(arch, dtype, phases).items():
+            start_phase, (d, rows) = next(iter(places.items()))
+            add(dtype, d, d, rows, start_phase, split=True, softcap=True)
+            if dtype == "float32":
+                add(dtype, 5 * d // 8, 3 * d // 4, rows, start_phase, negative=True)
+            for phase, (d, rows) in places.items():
+                values = row.config.block_m * (row.config.block_n + d)
+                tight = dtype == bf16 and values >= MANY_VALUES * 32 * row.config.num_warps
+                # The parts of "middle" have no state to start from.
+                capped = phase == start_phase != "middle"
+                if tight or not capped:
+                    add(dtype, d, d, rows, phase, softcap=rows != LONG and phase == "last")
+                if tight and not capped:
+                    add("float16", 3 * d // 4, 3 * d // 4, rows, phase, softcap=True)
+                if tight:
+                    add("float16", 3 * d // 4, 3 * d // 4, row.config.block_m, phase)
+    add(bf16, 192, 128, LONG, "middle")
+    add(bf16, 128, 128, LONG, "first", negative=True)
+    add(bf16, 128, 128, LONG, "last", negative=True)
+    add(bf16, 72, 72, LONG, "middle")
+    add(bf16, 72, 72, LONG, "first", split=True, softcap=True)
+    add(bf16, 128, 128, LONG, "first", sinks=True)
+    add("float32", 128, 128, LONG, "middle", precision="tf32")
+    return found
+
+
+def _rows(arch, dtype, phases):
+    """Return the table's rows that apply, as {row: {phase: (headdim, rows of the tile)}}."""
+    dims = sorted({row.headdim for row in configs.ROWS if row.kernel == "step"}, reverse=True)
+    found = {}
+    for d, rows, phase in itertools.product(dims, (LONG, 64, 32, 16), phases):
+        row = configs.find("step", arch, d, d, dtype, phase, rows)
+        found.setdefault(row, {}).setdefault(phase, (d, rows))
+    return found
 
 
 def _variant(
-    arch, name, dtype, headdim, headdim_v, tokens, phase, *, sinks=False, split=False,
-    softcap=False, negative=False, precision="ieee",
+    arch, dtype, headdim, headdim_v, rows, phase, *, sinks=False, split=False, softcap=False,
+    negative=False, precision="ieee",
 ):  # fmt: skip
+    """Return a step of 64 heads in groups of 8 whose tiles have use for so many rows."""
+    tokens = rows if rows == LONG else rows // 8
+    words = [dtype, f"d{headdim}", *[f"dv{headdim_v}"] * (headdim_v != headdim), phase]
+    words += [f"rows{rows}"] * (rows != LONG)
+    options = dict(sinks=sinks, split=split, softcap=softcap, negative=negative)
+    options[precision] = precision != "ieee"
+    words += [word for word, given in options.items() if given]
     cut = choose_cut(64, 8, headdim, headdim_v, dtype, arch, tokens, phase)
     seed = "none" if split and phase == "middle" else _seed(phase, sinks)
     itemsize = configs.DTYPES[dtype] // 8
@@ -328,7 +337,8 @@ def _variant(
     signature |= dict(tiles="*i32", pieces="*i32")
     plain = ("splits", "row0", "scale2", "cap2", "lse_batch", "lse_head", "result_lse_split")
     plain += ("result_lse_batch", "result_lse_head")
-    plain += ("out_head", "result_head") * (headdim_v % 16 > 0)
+    if headdim_v % 16:  # which is no matter of parts: merge.empty_parts() pads them
+        plain += ("out_head", *["result_head"] * (not split))
     plain += tuple(x for x in signature if x[:2] in ("q_", "k_", "v_"))  # in vectors: any number
     expects = {"pipelined"}
     if tokens == LONG and dtype != "float32" and arch == 90:
@@ -336,13 +346,13 @@ def _variant(
     if dtype != "float32" or precision == "tf32":
         expects.add("mma")
     return Variant(
-        name=name,
+        name="-".join(words),
         fn=_step,
         signature=signature,
         constexprs=constexprs,
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,
-        maxnreg=cut.registers or None,
+        maxnreg=cut.registers,
         divisible_by_16=tuple(x for x in signature if x not in constexprs and x not in plain),
         expects=frozenset(expects),
     )

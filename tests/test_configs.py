@@ -45,6 +45,15 @@ def test_rows_are_the_block_of_their_tile():
             assert row.kernel == "step" and row.rows == row.config.block_m, row
 
 
+def test_a_program_can_have_its_registers():
+    for row in configs.ROWS:
+        registers = row.config.registers
+        if row.kernel in ("merge", "pack"):  # which hold little, and are launched without a limit
+            assert registers is None, row
+        elif registers is not None:
+            assert 0 < registers <= 255 and 32 * row.config.num_warps * registers <= 1 << 16, row
+
+
 def test_a_tile_has_no_more_rows_than_it_has_use_for():
     for kernel, arch, heads, dtype, phase in questions():
         full = configs.pick(kernel, arch, *heads, dtype, phase)
@@ -101,6 +110,7 @@ def test_explain_is_one_line_that_names_the_row():
         assert word in line, line
     line = configs.explain("step", 120, 80, 96, "float16", "middle", 17)
     assert "rows 17 is row" in line and line.endswith("rows <= 32"), line
+    assert "4 warps, 2 stages, 255 registers: " in line, line
     line = configs.explain("step", 86, 256, 256, "float16", "middle", 32)
     assert "step 32 x 32" in line and "rows <=" not in line, "the tile of any rows has as few"
 

@@ -23,16 +23,12 @@ def test_a_run_of_few_queries_is_one_tile_of_few_rows():
             assert cut.block_m // 2 < max(rows, 9) <= cut.block_m, name
         else:
             assert rows > full.block_m // 2 or full.block_m == 16, name
-        roomy = cut.num_warps <= 4 or cut.block_m < full.block_m
-        assert cut.registers == (configs.MOST_REGISTERS if roomy else 0), name
-        assert (
-            cut[1:2] + cut[3:5] == configs.pick("step", arch, d, d, dtype, "only", cut.block_m)[1:]
-        )
+        config = configs.pick("step", arch, d, d, dtype, "only", cut.block_m)
+        assert cut[1:2] + cut[3:] == config[1:], name
 
 
 def test_many_queries_get_the_tables_tile_in_each_phase():
     for arch, phase in itertools.product(ARCHS, configs.PHASES):
         cut = choose_cut(64, 8, 128, 128, "bfloat16", arch, 1 << 20, phase)
         full = configs.pick("step", arch, 128, 128, "bfloat16", phase)
-        assert (cut.group, cut.registers) == (1, 0)
-        assert (cut.block_m, cut.block_n, cut.num_warps, cut.num_stages) == full
+        assert cut.group == 1 and (*cut[:2], *cut[3:]) == full

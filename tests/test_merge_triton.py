@@ -55,6 +55,17 @@ def test_merge_is_the_weighted_mean(parts, total, nheads, headdim, share, dtype)
     assert (out[(lse == -INF).T] == 0).all()
 
 
+@pytest.mark.parametrize("headdim", [1, 20, 72, 128])
+def test_rows_of_new_parts_begin_at_vectors(headdim):
+    like = torch.empty(2, dtype=torch.bfloat16, device=DEVICE)
+    for where in ((3, 7), (3, 2, 7)):
+        outs, lses = merge.empty_parts(like, *where, 5, headdim)
+        assert (outs.shape, outs.dtype) == ((*where, 5, headdim), torch.float32)
+        assert (lses.shape, lses.dtype) == ((*where[:-1], 5, 7), torch.float32)
+        assert outs.device == lses.device == like.device
+        assert all(stride % 16 == 0 for stride in outs.stride()[:-1]) and outs.stride(-1) == 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_strides_give_the_same_bits(dtype):
     outs, lses = empty_some(*parts_of(18, 5, 3, 40, dtype))

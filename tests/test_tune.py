@@ -21,16 +21,16 @@ from bench import gpu, tune, tune_table  # noqa: E402
 from bench.tune_table import Key, Trial  # noqa: E402
 
 SM_90 = """\
-kernel  family  bits  headdim  phase   rows  block_m  block_n  num_warps  num_stages
-step    sm_90   16    64       *       *     128      128      8          3
-step    sm_80   16    128      *       *     128      64       8          3
-step    *       16    128      *       *     64       32       4          2
-step    sm_90   16    128      *       16    16       32       4          2
-step    *       16    128      *       16    16       64       4          2
-step    *       16    128      *       32    32       64       4          2
-step    *       16    128      *       64    64       64       8          3
-decode  *       16    128      *       *     32       64       4          3
-decode  *       16    256      *       *     32       32       4          3
+kernel  family  bits  headdim  phase   rows  block_m  block_n  num_warps  num_stages  registers
+step    sm_90   16    64       *       *     128      128      8          3           *
+step    sm_80   16    128      *       *     128      64       8          3           *
+step    *       16    128      *       *     64       32       4          2           255
+step    sm_90   16    128      *       16    16       32       4          2           255
+step    *       16    128      *       16    16       64       4          2           255
+step    *       16    128      *       32    32       64       4          2           255
+step    *       16    128      *       64    64       64       8          3           *
+decode  *       16    128      *       *     32       64       4          3           255
+decode  *       16    256      *       *     32       32       4          3           255
 """
 D64, D128 = Key("step", 16, 64, "*"), Key("step", 16, 128, "*")
 ROWS_16, ROWS_32, ROWS_64 = (D128._replace(rows=rows) for rows in (16, 32, 64))
@@ -42,27 +42,27 @@ ARCHS = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100}
 def test_the_table_is_renewed_for_one_family_only():
     assert tune_table.keys(SM_90, "sm_90") == KEYS
     found = {
-        D64: Config(64, 64, 4, 2),
+        D64: Config(64, 64, 4, 2, 255),
         D128: Config(128, 64, 8, 2),
         ROWS_16: Config(16, 128, 4, 2),
-        ROWS_32: Config(32, 32, 4, 4),
-        DECODE_256: Config(16, 32, 2, 4),
+        ROWS_32: Config(32, 32, 4, 4, 255),
+        DECODE_256: Config(16, 32, 2, 4, 128),
     }
     renewed = tune_table.renew(SM_90, "sm_90", found)
     assert renewed.splitlines() == [
-        "kernel  family  bits  headdim  phase   rows  block_m  block_n  num_warps  num_stages",
-        "step    sm_90   16    64       *       *     64       64       4          2",
-        "step    sm_80   16    128      *       *     128      64       8          3",
-        "step    sm_90   16    128      *       *     128      64       8          2",
-        "step    *       16    128      *       *     64       32       4          2",
-        "step    sm_90   16    128      *       16    16       128      4          2",
-        "step    *       16    128      *       16    16       64       4          2",
-        "step    sm_90   16    128      *       32    32       32       4          4",
-        "step    *       16    128      *       32    32       64       4          2",
-        "step    *       16    128      *       64    64       64       8          3",
-        "decode  *       16    128      *       *     32       64       4          3",
-        "decode  sm_90   16    256      *       *     16       32       2          4",
-        "decode  *       16    256      *       *     32       32       4          3",
+        "kernel  family  bits  headdim  phase   rows  block_m  block_n  num_warps  num_stages  registers",
+        "step    sm_90   16    64       *       *     64       64       4          2           255",
+        "step    sm_80   16    128      *       *     128      64       8          3           *",
+        "step    sm_90   16    128      *       *     128      64       8          2           *",
+        "step    *       16    128      *       *     64       32       4          2           255",
+        "step    sm_90   16    128      *       16    16       128      4          2           *",
+        "step    *       16    128      *       16    16       64       4          2           255",
+        "step    sm_90   16    128      *       32    32       32       4          4           255",
+        "step    *       16    128      *       32    32       64       4          2           255",
+        "step    *       16    128      *       64    64       64       8          3           *",
+        "decode  *       16    128      *       *     32       64       4          3           255",
+        "decode  sm_90   16    256      *       *     16       32       2          4           128",
+        "decode  *       16    256      *       *     32       32       4          3           255",
     ]
     for key, config in found.items():
         assert tune_table.taken(renewed, "sm_90", key) == config
@@ -94,7 +94,7 @@ def test_the_shipped_table_can_be_renewed(family):
     every = tune_table.keys(table, family)
     assert {key.kernel for key in every} == {"step", "decode", "merge", "pack"}
     assert {(key.kernel, key.rows) for key in every if key.rows} >= {("step", 16), ("step", 32)}
-    found = {key: Config(key.rows or 48, key.headdim, 4, 9) for key in every}
+    found = {key: Config(key.rows or 48, key.headdim, 4, 9, 77) for key in every}
     renewed = tune_table.renew(table, family, found)
     scope = {"__name__": "renewed"}
     exec(tune_table.renew_source(source, family, found), scope)
@@ -172,7 +172,7 @@ def test_tiles_of_few_rows_are_what_is_launched(family, monkeypatch):
                         cut = choose_cut(*shape, phase)
                     name = f"{key} {case.id} {phase}: {cut}"
                     assert (cut.block_m, cut.group) == (key.rows, group), name
-                    assert Config(cut.block_m, cut.block_n, *cut[3:5]) == config, name
+                    assert Config(cut.block_m, cut.block_n, *cut[3:]) == config, name
 
 
 def test_each_phase_is_tuned_by_what_runs_it():
