@@ -220,18 +220,26 @@ def _decode(batch: int) -> Case:
     return replace(case, id=case.id.replace("stage/", "decode/"), session=None)
 
 
-def _host(what: str, most_us: float, world_size: int = 4, **options) -> Case:
+HOST = {
+    "plan": (host.HOST_PLAN, host.measure_plan, 500, "time_us.p50"),
+    "layer": (host.HOST_LAYER, host.measure_layer, 60, "time_us.p50"),
+    "graph": (host.HOST_GRAPH, host.measure_graph, 500, "detail.layer_us"),
+}
+
+
+def _host(what: str, most_us: float, world_size: int = 4, impls=METHODS, **options) -> Case:
+    operation_, measure, cached, aim = HOST[what]
     return Case(
         f"host/{what}/w{world_size}/b64",
-        host.HOST_PLAN if what == "plan" else host.HOST_LAYER,
-        {"batch": 64, "cached": 500 if what == "plan" else 60},
+        operation_,
+        {"batch": 64, "cached": cached},
         world_size,
-        impls=METHODS,
-        measure=host.measure_plan if what == "plan" else host.measure_layer,
+        impls=impls,
+        measure=measure,
         in_ranks=False,
         transport=None,
         quick={"batch": 5},
-        targets={method: {"time_us.p50": most_us} for method in METHODS},
+        targets={method: {aim: most_us} for method in impls},
         **options,
     )
 
@@ -349,6 +357,7 @@ CASES = (
     _host("plan", 1000.0, calls=20),
     _host("layer", 50.0, calls=50),
     _host("layer", 100.0, world_size=8, calls=50),
+    _host("graph", 15.0, world_size=8, impls=("gather_q", "pass_q"), calls=32, warmup=2),
     _plan(1, 1 << 20, 1),
     _plan(1, 1 << 20, 128),
     _plan(1000, 1000, 1),

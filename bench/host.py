@@ -1,4 +1,4 @@
-"""What a call costs on the host: planning a decode step, and a layer's call without its work.
+"""What a call costs on the host: a decode step's plan, a layer's call, the replay of all layers.
 
 Kernels and messages are replaced by nothing, so what is left is Python: what a GPU would wait for.
 """
@@ -10,6 +10,7 @@ import ringkern
 import torch
 from ringkern import local
 from ringkern.cost import choose
+from ringkern.graphs import DecodeGraphs
 from ringkern.ring import Ring
 from ringkern.schedule import make_schedule
 from ringkern.types import Hardware, Problem
@@ -19,6 +20,7 @@ from bench.operation import Operation, nothing, timed
 
 RANK = 1
 HARDWARE = Hardware(((1, 0.01), (512, 0.05)), 50.0, 4.0, 1.0, 100.0)  # any
+LAYERS = 32  # of a decode step as a graph: as many as a model of 8 billion parameters has
 
 
 def _names(case):
@@ -79,6 +81,9 @@ class NoLink:
     def abort(self, reason):
         raise RuntimeError(reason)
 
+    def run_of_graph(self):
+        return contextlib.nullcontext()
+
     def stats(self):
         return {}
 
@@ -136,6 +141,62 @@ def measure_layer(session, case) -> dict[str, Measurement]:
     return found
 
 
+# ---- all layers of a decode step, as a graph
+
+
+def measure_graph(session, case) -> dict[str, Measurement]:
+    """Return the times of DecodeGraphs.run() where replaying a graph is nothing, by method.
+
+    layer_us: the median of a repetition, by layer. plan_us: likewise of planning the step.
+    """
+    found = {impl: Measurement([]) for impl in case.impls}
+    with torch.inference_mode(), _no_work():
+        states = {impl: _graph_state(case, impl) for impl in case.impls}
+        for repetition in range(-case.warmup, case.repetitions):
+            for impl, state in states.items():
+                times, planned = [], []
+                for _ in range(case.calls):
+                    planned.append(timed(_plan_step, state))
+                    times.append(timed(state.graphs.run, state.plan))
+                if repetition >= 0:
+                    middle = len(times) // 2
+                    layer_us, plan_us = (
+                        1e6 * sorted(times)[middle] / LAYERS,
+                        sorted(planned)[middle],
+                    )
+                    found[impl].times_s.append(times)
+                    found[impl].add({"layer_us": layer_us, "plan_us": 1e6 * plan_us})
+    return found
+
+
+def _graph_state(case, method):
+    link = NoLink(case.world_size)
+    link.name = "nccl"
+    ring = Ring(link, torch.device("cpu"))
+    ring.programs._backend = lambda problem: "triton"
+    placement, names = ringkern.Placement(case.world_size), _names(case)
+    cache = ringkern.KVCache(
+        ring, placement, num_layers=LAYERS, nheads_k=1, headdim=16, dtype=torch.bfloat16,
+        num_pages=4 * case.shape["batch"], page_size=64,
+    )  # fmt: skip
+    plan = placement.prefill(dict.fromkeys(names, case.shape["cached"]))
+    cache.reserve(plan, None)
+    cache.ran(plan)
+    sizes = {n: [torch.zeros(n, heads, 16).bfloat16() for heads in (4, 1, 1)] for n in range(99)}
+
+    def step(plan):
+        for layer in range(LAYERS):
+            _attend(ring, cache, plan, layer, method, sizes[plan.num_tokens(RANK)])
+
+    graphs = DecodeGraphs(ring, cache, step)
+    graphs.capture = lambda run: (run(), lambda: None)
+    return SimpleNamespace(placement=placement, names=names, graphs=graphs, plan=None)
+
+
+def _plan_step(state):
+    state.plan = state.placement.decode(state.names)
+
+
 def _inputs(plan):
     n = plan.num_tokens(RANK)
     return [torch.zeros(n, heads, 64, dtype=torch.bfloat16) for heads in (16, 4, 4)]
@@ -150,4 +211,5 @@ def _never(*_):
 
 
 HOST_PLAN = Operation("host_plan", _never, _never, _never, nothing, nothing)
+HOST_GRAPH = Operation("host_graph", _never, _never, _never, nothing, nothing)
 HOST_LAYER = Operation("host_layer", _never, _never, _never, nothing, nothing)

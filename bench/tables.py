@@ -207,14 +207,18 @@ def hidden(records: list[dict]) -> list[str]:
 
 
 def host(records: list[dict]) -> list[str]:
-    """What a decode step and a layer's call cost in Python, by method."""
-    rows = [["method", "a decode step of 64, planned", "its choice", "a layer's call"]]
+    """What a decode step and a layer's call cost in Python, by method; in a graph on 8 ranks."""
+    rows = [
+        ["method", "a decode step of 64, planned", "its choice", "a layer's call", "in a graph"]
+    ]
     for plan in records:
         layer = _find(records, plan["case"].replace("/plan/", "/layer/"), plan["impl"])
         if plan["op"] == "host_plan" and layer:
             times = [_time(one["time_us"]["p50"]) + _verdict(one) for one in (plan, layer)]
             choice_us = _time(plan["detail"]["choice_us"])
-            rows.append([f"`{plan['impl']}`", times[0], choice_us, times[1]])
+            graph = _find(records, "host/graph/w8/b64", plan["impl"])
+            replayed = _time(graph["detail"]["layer_us"]) + _verdict(graph) if graph else "none"
+            rows.append([f"`{plan['impl']}`", times[0], choice_us, times[1], replayed])
     return _table(rows)
 
 

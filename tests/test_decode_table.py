@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ringkern.decode_table import make_decode_table
+from ringkern import tiles
+from ringkern.decode_table import Rows, make_decode_table
 
 
 def full(q0, q1, k0, k1):
@@ -58,3 +59,31 @@ def test_tables_hold_every_key_of_every_query(data, sequences, page_size):
 )
 def test_what_is_no_decode_has_no_tables(spans):
     assert make_decode_table(np.array(spans, dtype=np.int64).reshape(-1, 8), 20, 4) is None
+
+
+LONG = st.integers(0, 3 * tiles.CUT_PAIRS)
+
+
+@given(st.lists(st.one_of(st.integers(0, 300), LONG), max_size=6), st.sampled_from([1, 16, 256]))
+def test_rows_are_halved_as_their_spans_are(keys, page_size):
+    pages = [-(-n // page_size) for n in keys]
+    # Each row's pages lie next to each other: one span, from where one could be cut.
+    first = np.cumsum([0, *(tiles.CUT_ROWS // page_size * (1 + n // tiles.CUT_ROWS) for n in keys)])
+    table = np.zeros((len(keys), max(pages, default=1)), dtype=np.int32)
+    for row, count, page in zip(table, pages, first[:-1], strict=True):
+        row[:count] = np.arange(page, page + count)
+    rows = Rows(table, np.array(keys, dtype=np.int32))
+    begins = first[:-1] * page_size
+    spans = [
+        full(i, i + 1, k, k + n) for i, (k, n) in enumerate(zip(begins, keys, strict=True)) if n
+    ]
+    halves = tiles.halve(np.array(spans, dtype=np.int64).reshape(-1, 8))
+    for half, want in zip(rows.halve(page_size), halves, strict=True):
+        assert half.seqused_k.sum() == want[:, 3].sum() - want[:, 2].sum()
+        for q0, _, k0, k1, *_ in want.tolist():
+            assert half.seqused_k[q0] == k1 - k0
+            count = -(-(k1 - k0) // page_size)
+            assert half.page_table[q0, :count].tolist() == list(
+                range(k0 // page_size, k0 // page_size + count)
+            )
+    assert rows.seqused_k.tolist() == keys, "left as it was"

@@ -31,7 +31,7 @@ def computed_pairs(plan, schedules):
     pairs = set()
     for rank, steps in enumerate(schedules):
         for step in steps:
-            for q_rank, kv_rank, spans in step.work:
+            for q_rank, kv_rank, spans, _ in step.work:
                 mine, theirs = (plan.indices(r).tolist() for r in (q_rank, kv_rank))
                 for q0, q1, k0, k1, lo, hi, *_ in spans.tolist():
                     for i, j in itertools.product(range(q1 - q0), range(k1 - k0)):

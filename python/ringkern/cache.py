@@ -7,6 +7,7 @@ import torch
 
 from ringkern import local
 from ringkern.backend import pick_backend
+from ringkern.decode_table import Rows
 from ringkern.errors import ArgumentError, check
 from ringkern.pages import PageTable
 from ringkern.placement import Placement
@@ -20,10 +21,10 @@ _numbers = itertools.count()
 class _Reservation:
     """Where one plan's tokens lie on this rank: made once, used by every layer."""
 
-    def __init__(self, runs, new_slots, slots, before):
-        self.runs = runs  # [n, 5], columns as in types.Run, with slots as offsets
-        self.new_slots = new_slots  # int64 tensor: of the new tokens, in local packed order
-        self.slots = slots  # int64 array: of all, in the order of plan.kv_runs()
+    def __init__(self, before):
+        self.new_slots = None  # int64 tensor: of the new tokens, in local packed order
+        self.runs = None  # [n, 5], columns as in types.Run, with slots as offsets
+        self.slots = None  # int64 array: of all, in the order of plan.kv_runs()
         self.all_slots = None  # the same as a tensor, once a layer gathers them
         self.before = before  # serial of the latest earlier plan of any of these sequences
         self.layers = set()  # that have run
@@ -118,7 +119,7 @@ class KVCache:
         if type(layer) is not int or not 0 <= layer < self.num_layers:
             check(False, "layer", f"0 to {self.num_layers - 1}", repr(layer))
         if reservation is None:
-            self._check_new(plan)
+            self._check_new(plan, self._new(plan))
             before = max((self._serials.get(number, 0) for number in plan.numbers), default=0)
         else:
             if layer in reservation.layers:
@@ -163,7 +164,7 @@ class KVCache:
         local.scatter_rows(v, slots, self._v[layer], self._backend)
 
     def reserve(self, plan: Plan, into: torch.Tensor | None) -> torch.Tensor:
-        """Make room for a plan that a graph is to run; return the slots of its new tokens.
+        """Make room for a decode plan that a graph is to run; return the slots of its new tokens.
 
         into: the slots of an earlier plan of as many new tokens here, to be overwritten.
 
@@ -172,8 +173,15 @@ class KVCache:
         """
         check(plan.source is self.placement, "plan", "one of the cache's placement", "another's")
         check(self._reservation(plan) is None, "plan", "one that has not run", plan.serial)
-        self._check_new(plan)
-        return self._reserve(plan, into).new_slots
+        new = self._new(plan)
+        self._check_new(plan, new)
+        reservation = self._append(plan, new)
+        mine, size = self._tables[self.ring.rank], self.page_size
+        held = [mine.held(number) for number, _ in new[self.ring.rank]]
+        slots = [x.pages[-1] * size + (x.tokens - 1) % size for x in held]
+        slots = np.array(slots, dtype=np.int64)
+        reservation.new_slots = upload(slots, self.ring.device, into)
+        return reservation.new_slots
 
     def ran(self, plan: Plan) -> None:
         """Note that a graph has run a plan, for which reserve() made room, in every layer."""
@@ -185,12 +193,26 @@ class KVCache:
 
         A table like plan.kv_runs(), offsets counted in slots; a run ends where its pages do.
         """
-        return (self._reservation(plan) or self._reserve(plan)).runs
+        reservation = self._reservation(plan) or self._reserve(plan)
+        if reservation.runs is None:
+            self._lay_out(plan, reservation)
+        return reservation.runs
+
+    def held(self, plan: Plan) -> Rows:
+        """Return the pages that the plan's sequences have on this rank, sequence after sequence."""
+        mine = self._tables[self.ring.rank]
+        held = [mine.held(number) for number in plan.numbers]
+        most = max((len(x.pages) for x in held), default=0)
+        page_table = np.zeros((len(held), max(most, 1)), dtype=np.int32)
+        for row, x in zip(page_table, held, strict=True):
+            row[: len(x.pages)] = x.pages
+        return Rows(page_table, np.array([x.tokens for x in held], dtype=np.int32))
 
     def gather(self, plan: Plan, layer: int, k_out, v_out) -> None:
         """Copy K and V of the plan's sequences into [1, tokens, ...], in plan.kv_runs()'s order."""
         reservation = self._reservation(plan)
         if reservation.all_slots is None:
+            self.runs(plan)
             reservation.all_slots = upload(reservation.slots, self.ring.device)
         slots = reservation.all_slots
         local.gather_rows(self._k[layer], slots, k_out, self._backend)
@@ -247,7 +269,7 @@ class KVCache:
     def _reservation(self, plan: Plan) -> _Reservation | None:
         return plan.memo.get(("cache", self.number))
 
-    def _check_new(self, plan: Plan) -> None:
+    def _check_new(self, plan: Plan, counts) -> None:
         starts = plan.starts.tolist()
         for sequence, number, start in zip(plan.sequences, plan.numbers, starts, strict=True):
             if not self.placement.is_current(sequence, number, plan.serial):
@@ -259,7 +281,7 @@ class KVCache:
                 want = f"one for the {has} tokens of {sequence!r} that have run"
                 hint = "Run the plans in the order they were made, each once."
                 check(False, "plan", want, f"one on top of {start}", hint)
-        for rank, (table, new) in enumerate(zip(self._tables, self._new(plan), strict=True)):
+        for rank, (table, new) in enumerate(zip(self._tables, counts, strict=True)):
             need = sum(table.pages_for(number, count) for number, count in new)
             if need > table.num_free:
                 raise ArgumentError(
@@ -276,9 +298,19 @@ class KVCache:
             for rank in counts
         ]
 
-    def _reserve(self, plan: Plan, into: torch.Tensor | None = None) -> _Reservation:
+    def _reserve(self, plan: Plan) -> _Reservation:
+        reservation = self._append(plan, self._new(plan))
+        self._lay_out(plan, reservation)
+        # The last tokens of each sequence here are the new ones.
+        packed = plan.kv_runs(self.ring.rank)
+        new = np.repeat(packed[:, 2] >= plan.starts[packed[:, 0]], packed[:, 3])
+        reservation.new_slots = upload(reservation.slots[new], self.ring.device)
+        return reservation
+
+    def _append(self, plan: Plan, counts) -> _Reservation:
+        """Enter the plan into the books; counts as _new() returns them."""
         before = max((self._serials.get(number, 0) for number in plan.numbers), default=0)
-        for rank, (table, new) in enumerate(zip(self._tables, self._new(plan), strict=True)):
+        for rank, (table, new) in enumerate(zip(self._tables, counts, strict=True)):
             for number, count in new:
                 copies = table.append(number, count)
                 for source, target in copies if rank == self.ring.rank else ():
@@ -288,16 +320,14 @@ class KVCache:
         ):
             self._lengths[number] = start + length
             self._serials[number] = plan.serial
+        reservation = plan.memo["cache", self.number] = _Reservation(before)
+        return reservation
+
+    def _lay_out(self, plan: Plan, reservation: _Reservation) -> None:
         runs = self._slot_runs(plan)
         before_run = np.cumsum(runs[:, 3]) - runs[:, 3]
         slots = np.repeat(runs[:, 1] - before_run, runs[:, 3]) + np.arange(runs[:, 3].sum())
-        # The last tokens of each sequence here are the new ones.
-        packed = plan.kv_runs(self.ring.rank)
-        new = np.repeat(packed[:, 2] >= plan.starts[packed[:, 0]], packed[:, 3])
-        new_slots = upload(slots[new], self.ring.device, into)
-        reservation = _Reservation(runs, new_slots, slots, before)
-        plan.memo["cache", self.number] = reservation
-        return reservation
+        reservation.runs, reservation.slots = runs, slots
 
     def _slot_runs(self, plan: Plan) -> np.ndarray:
         table, rows = self._tables[self.ring.rank], []

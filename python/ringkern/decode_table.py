@@ -1,8 +1,10 @@
-"""Spans over a paged cache, as the tables of the decode kernel. Pure."""
+"""The tables of the decode kernel: of spans over a paged cache, and of the pages of rows. Pure."""
 
 from typing import NamedTuple
 
 import numpy as np
+
+from ringkern.tiles import CUT_PAIRS, CUT_ROWS
 
 MOST_ROWS = 16  # queries of a sequence; beyond, tiles of the step kernel are as good
 
@@ -68,6 +70,40 @@ def make_decode_table(
     return DecodeTable(
         page_table, seqused_k.astype(np.int32), edges.astype(np.int32), int(page_size)
     )
+
+
+class Rows(NamedTuple):
+    """The pages of rows that see all keys in theirs: a row is a query, or a sequence.
+
+    page_table: int32 [rows, pages], in order; what is past a row's keys says nothing.
+    seqused_k: int32 [rows], keys.
+    """
+
+    page_table: np.ndarray
+    seqused_k: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Rows":
+        """Return some rows, by number."""
+        return Rows(self.page_table[rows], self.seqused_k[rows])
+
+    def halve(self, page_size: int) -> tuple["Rows", "Rows"]:
+        """Return two that have about half of the keys each: tiles.halve() of such rows' spans."""
+        keys = self.seqused_k.astype(np.int64)
+        half = keys.sum() / 2
+        at = int(np.searchsorted(keys.cumsum(), half))
+        first, second = self.seqused_k.copy(), self.seqused_k.copy()
+        first[at + 1 :] = second[:at] = 0
+        if not keys.any():
+            return Rows(self.page_table, first), Rows(self.page_table, second)
+        missing = half - keys[:at].sum()
+        cut = round(missing) // CUT_ROWS * CUT_ROWS
+        if keys[at] < CUT_PAIRS or not 0 < cut < keys[at]:
+            cut = keys[at] if missing >= keys[at] / 2 else 0
+        first[at], second[at] = cut, keys[at] - cut
+        later = self.page_table.copy()
+        pages = later.shape[1] - cut // page_size
+        later[at, :pages] = self.page_table[at, cut // page_size :]
+        return Rows(self.page_table, first), Rows(later, second)
 
 
 def _cut(edges, most):

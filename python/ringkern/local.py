@@ -10,7 +10,7 @@ import torch
 from ringkern import env, tile_table
 from ringkern.backend import pick_backend
 from ringkern.capture import captures
-from ringkern.decode_table import make_decode_table
+from ringkern.decode_table import Rows, make_decode_table
 from ringkern.errors import UnsupportedError
 from ringkern.kernels import reference, step_torch
 from ringkern.types import Problem
@@ -92,7 +92,8 @@ def prepare(
         UnsupportedError: room was asked for, and this is not such work.
     """
     if room:
-        table = _fixed_table(spans, rows, page_size) if backend == "triton" else None
+        fits = backend == "triton" and page_size
+        table = make_decode_table(spans, rows, page_size, each_row=True) if fits else None
         if table is None:
             raise UnsupportedError(
                 "attention in a graph: want Triton's kernels and whole pages of keys for each row, "
@@ -119,10 +120,6 @@ def prepare(
     return _Tiles(cut.make_table(table, how, device, upload), phase)
 
 
-def _fixed_table(spans, rows: int, page_size: int | None):
-    return make_decode_table(spans, rows, page_size, each_row=True) if page_size else None
-
-
 def _prepare_decode(table, problem, device, phase, room: int | None = None) -> _Decode:
     from ringkern.kernels.decode import choose_splits
 
@@ -140,18 +137,11 @@ def _prepare_decode(table, problem, device, phase, room: int | None = None) -> _
     return _Decode(tables, options, phase)
 
 
-def refill(work: _Decode, spans: np.ndarray, rows: int) -> None:
-    """Give work that prepare() made with room other spans of as many rows, in place.
-
-    Raises:
-        UnsupportedError: the spans are not such as room is for.
-    """
+def refill(work: _Decode, rows: Rows) -> None:
+    """Give work that prepare() made with room other pages of as many rows, in place."""
     page_table, seqused_k, _ = work.tables
-    table = _fixed_table(spans, rows, work.options["page_size"])
-    if table is None:
-        raise UnsupportedError("attention in a graph: want whole pages of keys for each row.")
-    upload(table.page_table, page_table.device, page_table[:, : table.page_table.shape[1]])
-    upload(table.seqused_k, seqused_k.device, seqused_k)
+    upload(rows.page_table, page_table.device, page_table[:, : rows.page_table.shape[1]])
+    upload(rows.seqused_k, seqused_k.device, seqused_k)
 
 
 def step(q, k, v, out, lse, work, problem: Problem, *, sinks=None, result=None) -> None:

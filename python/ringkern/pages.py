@@ -1,5 +1,6 @@
 """Which pages hold which tokens of one rank. Host only; every rank keeps the books of all ranks."""
 
+from array import array
 from dataclasses import dataclass, field
 
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field
 class Held:
     """One sequence's pages on one rank, in order, and how many tokens they hold."""
 
-    pages: list[int] = field(default_factory=list)
+    pages: array = field(default_factory=lambda: array("i"))  # which numpy takes as it is
     tokens: int = 0
 
 
@@ -63,7 +64,7 @@ class PageTable:
         held = self.held(number)
         for page in held.pages:
             self._users[page] += 1
-        self._held[new] = Held(list(held.pages), held.tokens)
+        self._held[new] = Held(held.pages[:], held.tokens)
 
     def free(self, number: int) -> None:
         """Give the sequence's pages back."""

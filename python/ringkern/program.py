@@ -1,13 +1,15 @@
 """A call made ready: its messages, views and spans, once per plan and method, for every layer."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 
 from ringkern import local
 from ringkern.blocks import Blocks, Pool
+from ringkern.decode_table import Rows
 from ringkern.plan import Plan
-from ringkern.types import Move, Problem, Step, Work
+from ringkern.types import FIRST_HALF, SECOND_HALF, WHOLE, Move, Problem, Step, Work
 
 # Of a step, by whether a state begins with it, and whether it ends.
 PHASES = {(True, False): "first", (False, False): "middle", (False, True): "last"}
@@ -22,7 +24,8 @@ class _Work(NamedTuple):
     state: tuple[torch.Tensor, torch.Tensor] | None  # of this rank's queries
     sinks: bool  # whether the state starts here, from the sinks
     task: object  # as local.prepare() returns it
-    begins: bool = False  # writes a state of which nothing was made yet
+    q_rank: int  # and half: as in types.Work
+    half: int
 
 
 class _Ready(NamedTuple):
@@ -148,18 +151,32 @@ class Program:
                 phase=PHASES[begins, ends],
                 room=self._room,
             ),
+            work.q_rank,
+            work.half,
         )
 
-    def retarget(self, schedule: tuple[Step, ...], plan: Plan) -> None:
+    def retarget(self, plan: Plan, held: Rows) -> None:
         """Compute another plan from now on, where the program was made with room, in place.
 
         Args:
-            schedule: of the other plan, with fixed=True, as this program's was.
-            plan: in which every rank has as many new tokens, and sees the same ranks.
+            plan: of one token per sequence, in which every rank has as many of them, and sees the
+                same ranks.
+            held: the pages of the plan's sequences on this rank. New tokens see all that is in them.
         """
-        for step, ready in zip(schedule, self._steps, strict=True):
-            for work, made in zip(step.work, ready.works, strict=True):
-                local.refill(made.task, work.spans, plan.num_tokens(work.q_rank))
+
+        @functools.cache
+        def whole(q_rank):
+            return held.take(plan.runs(q_rank)[:, 0])
+
+        @functools.cache
+        def halves(q_rank):
+            return dict(
+                zip((FIRST_HALF, SECOND_HALF), whole(q_rank).halve(self._page_size), strict=True)
+            )
+
+        for work in (work for step in self._steps for work in step.works):
+            q_rank, half = work.q_rank, work.half
+            local.refill(work.task, whole(q_rank) if half == WHOLE else halves(q_rank)[half])
 
     def run(self, link, stats, q, own_kv, sinks=None):
         """Return (out, lse) of this rank's queries against the keys of every rank.

@@ -82,8 +82,9 @@ class Programs:
 
     def retarget(self, programs: dict[tuple, Program], plan: Plan, cache) -> None:
         """Let fixed programs compute another plan of their shape, in place."""
-        for (method, problem, _, _), program in programs.items():
-            program.retarget(self._schedule(plan, method, problem, cache, True), plan)
+        held = cache.held(plan) if programs else None
+        for program in programs.values():
+            program.retarget(plan, held)
 
     def clear(self) -> None:
         """Forget the programs and their buffers, but for what graphs use."""

@@ -1,6 +1,7 @@
 """What each rank does, step by step, by each method. Pure: the same answer on every rank."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -8,9 +9,8 @@ import numpy as np
 from ringkern import tiles
 from ringkern.errors import check
 from ringkern.plan import Plan
-from ringkern.types import Move, Step, Work
+from ringkern.types import FIRST_HALF, SECOND_HALF, WHOLE, Move, Step, Work
 
-WHOLE, FIRST_HALF, SECOND_HALF = range(3)  # of the work on a pair of ranks
 METHODS = ("pass_kv", "pass_q", "gather_kv", "gather_q")
 
 
@@ -88,7 +88,8 @@ def fill(plan: Plan, rank: int, steps, sides, own_kv=None, fixed=False) -> tuple
         each = [(*work, next(spans)) for work in some]
         # Work that is too little for halves is all in one of them.
         keep = [len(table) or not half or fixed for _, _, half, table in each]
-        return tuple(Work(*w[:2], w[3]) for w, kept in zip(each, keep, strict=True) if kept)
+        kept = itertools.compress(each, keep)
+        return tuple(Work(q_rank, kv_rank, table, half) for q_rank, kv_rank, half, table in kept)
 
     return tuple(
         Step(index, moves(step.sends), moves(step.recvs), works(step.work), step.drops)

@@ -58,12 +58,16 @@ class Move(NamedTuple):
     tokens: int
 
 
+WHOLE, FIRST_HALF, SECOND_HALF = range(3)
+
+
 class Work(NamedTuple):
     """One local computation: queries of one rank against K and V of one rank."""
 
     q_rank: int
     kv_rank: int
     spans: np.ndarray  # [n, 8], columns as in Span
+    half: int = WHOLE  # of what the one sees of the other: WHOLE, FIRST_HALF or SECOND_HALF
 
 
 @dataclass(frozen=True, eq=False, slots=True)
