@@ -65,7 +65,7 @@ def fact(uuid, host="a", nccl=22809, shares=False, hostid=None, no_nccl=""):
 
 
 def test_ranks_with_a_gpu_each_take_nccl():
-    facts = [fact("x"), fact("y"), fact("x", host="b")]
+    facts = [fact("x"), fact("y"), fact("z", host="b")]
     assert gpu.takes_nccl("auto", facts)
     assert gpu.takes_nccl("nccl", facts)
     assert not gpu.takes_nccl("tcp", facts)
@@ -77,6 +77,12 @@ def test_a_gpu_that_two_ranks_claim():
         with pytest.raises(ArgumentError, match=r"x on ranks \[0, 2\].*set_device.*tcp"):
             gpu.takes_nccl(asked, shared)
     assert not gpu.takes_nccl("tcp", shared)
+    # In two containers of a host, which have names of their own.
+    with pytest.raises(ArgumentError, match=r"x on ranks \[0, 1\]"):
+        gpu.takes_nccl("auto", [fact("x"), fact("x", host="b")])
+    # Nobody has asked for TCP, on which they would take turns.
+    with pytest.raises(ArgumentError, match=r"x on ranks \[0, 1\]"):
+        gpu.takes_nccl("auto", [fact("x"), fact("x", nccl=0, no_nccl="libnccl.so.2: not found.")])
     # NCCL can be told to: from 2.30 on by a variable, before by taking the ranks for other hosts.
     assert gpu.takes_nccl("nccl", [fact("x", nccl=23000, shares=True)] * 2)
     assert gpu.takes_nccl("nccl", [fact("x", hostid=name) for name in "12"])

@@ -100,6 +100,7 @@ def takes_nccl(asked: str, every: list[dict]) -> bool:
     """
     if asked == "tcp":
         return False
+    _check_shared(every)
     without = [(rank, fact["no_nccl"]) for rank, fact in enumerate(every) if fact["no_nccl"]]
     if without:
         rank, reason = without[0]
@@ -113,12 +114,15 @@ def takes_nccl(asked: str, every: list[dict]) -> bool:
         )
         return False
     check_alike("NCCL's version", [fact["nccl"] for fact in every])
-    _check_shared(every)
     return True
 
 
 def _check_shared(every: list[dict]) -> None:
-    """Raise if ranks claim one GPU, which NCCL does not serve unless it was told to."""
+    """Raise if ranks claim one GPU, which NCCL does not serve unless it was told to.
+
+    Also where TCP is to take its place, which does: a ring that nobody asked to share is slow by
+    mistake.
+    """
     for ranks in shared_gpus([Place.from_record(fact) for fact in every]):
         told = [every[rank] for rank in ranks]
         shares = all(fact["shares"] and fact["nccl"] >= MANY_RANKS_NCCL for fact in told)

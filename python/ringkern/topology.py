@@ -118,11 +118,11 @@ def crossings(places: Sequence[Place], order: Sequence[int]) -> int:
 
 
 def shared_gpus(places: Sequence[Place]) -> list[list[int]]:
-    """Return the ranks of each GPU that several ranks claim."""
+    """Return the ranks of each GPU that several ranks claim, also out of different containers."""
     owners: dict = {}
     for rank, place in enumerate(places):
         if place.gpu is not None:
-            owners.setdefault((place.host, place.gpu), []).append(rank)
+            owners.setdefault(place.gpu, []).append(rank)
     return [ranks for ranks in owners.values() if len(ranks) > 1]
 
 
