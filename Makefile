@@ -14,7 +14,7 @@ TRITON_OLDEST := 3.6.0
 TRITON_NEWER := 3.8.0 3.9.0
 DOCTEST := $(firstword $(wildcard /usr/include/doctest/doctest.h /usr/local/include/doctest/doctest.h))
 
-.PHONY: demo test test-cpp test-gpu check format sanitize bench bench-gpu install-gpu \
+.PHONY: demo test test-cpp test-nccl test-gpu check format sanitize bench bench-gpu install-gpu \
     compile-check compile-check-newer compile-report wheel clean
 .DELETE_ON_ERROR:
 
@@ -32,6 +32,24 @@ else
 test-cpp:
 	@echo 'SKIPPED: C++ tests (tests/cpp): doctest is not installed; apt-get install doctest-dev'
 endif
+
+# The loader, its symbols and its gate against real NCCLs: the oldest that will do, and the newest.
+NCCL_WHEELS := cu12-2.17.1 cu13-2.32.3
+NCCLS := $(NCCL_WHEELS:%=build/nccl/%/nvidia/nccl/lib/libnccl.so.2)
+
+ifdef DOCTEST
+test-nccl: build/core/.built $(NCCLS)
+	for nccl in $(abspath $(NCCLS)); do TEST_NCCL=$$nccl build/core/tests/cpp/test_library \
+	    --test-case='the real library*' || exit 1; done
+else
+test-nccl:
+	@echo 'SKIPPED: C++ tests of the real NCCL: doctest is not installed; apt-get install doctest-dev'
+endif
+
+build/nccl/%/nvidia/nccl/lib/libnccl.so.2: | $(VENV)/base
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/nccl/$* \
+	    nvidia-nccl-$(subst -,==,$*)
+	touch $@
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .
