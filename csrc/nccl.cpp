@@ -71,7 +71,7 @@ NcclConfig make_config(const NcclLibrary& nccl, const NcclOptions& options) {
   if (options.channels_per_net_peer > 0 && nccl.version < NcclLibrary::kChannelsPerNetPeer) {
     throw UnsupportedError(concat(
         "channels_per_net_peer: want NCCL ", nccl_version_text(NcclLibrary::kChannelsPerNetPeer),
-        " or later, got ", nccl_version_text(nccl.version), ". Leave it at 0."));
+        " or later, got ", nccl_version_text(nccl.version), ". Unset RINGKERN_NCCL_CHANNELS."));
   }
   const char* const blocking = std::getenv("NCCL_COMM_BLOCKING");
   if (blocking != nullptr && std::string(blocking) != "0") {

@@ -76,6 +76,24 @@ class StubLink(DeviceLink):
             assert time.monotonic() < end, "the stream never ended"
 
 
+def listen(world_size: int) -> list:
+    """Return a listener for each rank, over fresh stubs."""
+    stubs().call.stub_reset()
+    return [_C.Listener("127.0.0.1") for _ in range(world_size)]
+
+
+def join_stub(listeners: list, rank: int, transport: str, timeout_s: float) -> StubLink:
+    """Return a rank's link, once all ranks have come; transport as run_stub() takes it."""
+    addresses, path = [listener.address for listener in listeners], stubs().path
+    wire = _C.join_tcp(listeners[rank], rank, addresses, b"r" * 16, b"s" * 32, timeout_s=timeout_s)
+    if transport == "nccl":
+        half = dict(timeout_s=timeout_s / 2, control_timeout_s=timeout_s / 2)
+        core = _C.join_nccl(wire, 0, path, path, **half)
+    else:
+        core = _C.join_staged(wire, 0, path)
+    return StubLink(core, transport, addresses)
+
+
 def run_stub(fn, world_size: int, *args, transport="nccl", timeout_s: float = 20.0) -> list:
     """Return fn(ring, *args) of each rank, or raise what the first rank to fail raised.
 
@@ -84,24 +102,13 @@ def run_stub(fn, world_size: int, *args, transport="nccl", timeout_s: float = 20
     # Here, as benchmarks use the stubs too, from outside of tests.
     from threads import HARDWARE, each_in_a_thread
 
-    call, path = stubs()
-    call.stub_reset()
-    listeners = [_C.Listener("127.0.0.1") for _ in range(world_size)]
-    addresses = [listener.address for listener in listeners]
+    listeners = listen(world_size)
 
     def main(rank):
-        wire = _C.join_tcp(
-            listeners[rank], rank, addresses, b"r" * 16, b"s" * 32, timeout_s=timeout_s
-        )
-        if transport == "nccl":
-            half = dict(timeout_s=timeout_s / 2, control_timeout_s=timeout_s / 2)
-            core = _C.join_nccl(wire, 0, path, path, **half)
-        else:
-            core = _C.join_staged(wire, 0, path)
-        link = StubLink(core, transport, addresses)
+        link = join_stub(listeners, rank, transport, timeout_s)
         with Ring(link, torch.device("cpu"), HARDWARE) as ring:
             return fn(ring, *args)
 
     values = each_in_a_thread(main, world_size)
-    assert call.stub_violations() == 0
+    assert stubs().call.stub_violations() == 0
     return values

@@ -3,6 +3,9 @@
 Over NCCL, and over TCP by way of pinned memory.
 """
 
+import pathlib
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -114,6 +117,62 @@ def keep_until_over(ring, posted, checked):
 @BOTH
 def test_buffers_live_until_the_gpu_is_done_with_them(transport):
     run_stub(keep_until_over, 2, threading.Event(), threading.Event(), transport=transport)
+
+
+# What is registered first runs last: when the links have been closed.
+PROGRAM = """
+import atexit, sys
+
+@atexit.register
+def report():
+    closed = 0
+    for link in links:
+        try:
+            link.exchange([], [])
+        except Exception:
+            closed += 1
+    kept = sum(len(link._kept) for link in links)
+    print(closed, "closed", kept, "kept", stub_gpu.stubs().call.stub_violations(), "violations")
+
+sys.path.insert(0, sys.argv[1])
+import threading
+import torch
+import stub_gpu
+from ringkern.link import close_at_exit
+from threads import each_in_a_thread
+
+listeners, links, joined = stub_gpu.listen(3), [], threading.Barrier(3)
+
+def main(rank):
+    link = stub_gpu.join_stub(listeners, rank, sys.argv[2], 10.0)
+    links.append(link)
+    close_at_exit(link)
+    joined.wait()
+    if sys.argv[3] == "failed" and rank == 1:
+        link.abort("out of luck")
+        return
+    try:
+        link.exchange([((rank + 1) % 3, torch.ones(99))], [((rank + 1) % 3, torch.ones(99))])
+        while sys.argv[3] == "failed":
+            link.exchange([], [])
+    except Exception as error:
+        assert "out of luck" in str(error), error
+
+each_in_a_thread(main, 3)
+print(sum(len(link._kept) for link in links), "open")
+"""
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["open", "failed"])
+def test_programs_that_end_with_exchanges_open(transport, how):
+    """And without close(): what no peer has sent, and what a failed ring has left behind."""
+    command = [sys.executable, "-c", PROGRAM, str(pathlib.Path(__file__).parent), transport, how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3 * LIMIT_S)
+    assert done.returncode == 0 and not done.stderr, done
+    opened, ended = done.stdout.splitlines()
+    assert ended == "3 closed 0 kept 0 violations", done
+    assert how == "failed" or opened == "3 open", done
 
 
 def fail_on_rank_one(ring):

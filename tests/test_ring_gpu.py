@@ -7,6 +7,8 @@ import ringkern
 import torch
 from accelerator import ON_GPU
 from close import assert_close, assert_lse_close
+from ringkern import _C
+from ringkern.gpu import nccl_path
 from ringkern.kernels import reference
 from ringkern.launch import launch
 from threads import HARDWARE
@@ -108,8 +110,8 @@ def check_freed_memory(ring):
     session.check(plan, results, f"{ring} freed memory")
 
 
-def check_graphs(ring):
-    session = Session(ring, torch.bfloat16, "gather_q")
+def check_graphs(ring, method):
+    session = Session(ring, torch.bfloat16, method)
     plan = session.placement.prefill(LENGTHS)
     session.feed(plan)
     session.step(plan)
@@ -127,7 +129,40 @@ def check_graphs(ring):
         key = tuple(x.shape for x in session.mine)
         for held, new in zip(inputs.setdefault(key, session.mine), session.mine, strict=True):
             held.copy_(new)
-        session.check(plan, graphs.run(plan), f"{ring} graph, step {number}")
+        session.check(plan, graphs.run(plan), f"{ring} {method} graph, step {number}")
+
+
+def check_captured_passes(ring):
+    """One pass of each method as a graph, without a cache, gives what a new call gives."""
+    plan = ringkern.Placement(ring.world_size).prefill(LENGTHS)
+    draw = torch.Generator().manual_seed(2)
+
+    def draw_inputs():
+        new = [torch.randn(plan.total, n, HEADDIM, generator=draw).bfloat16() for n in HEADS]
+        return [plan.shard(x, ring.rank).to(ring.device) for x in new]
+
+    static = draw_inputs()
+    for method in METHODS:
+        ring.attn(*static, plan, method=method)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = ring.attn(*static, plan, method=method)
+        for number in range(3):
+            for held, new in zip(static, draw_inputs(), strict=True):
+                held.copy_(new)
+            want = ring.attn(*static, plan, method=method).clone()
+            with ring.watch():
+                graph.replay()
+            assert torch.equal(out, want), f"{ring} {method} replay {number}"
+        del graph, out
+
+
+def need_nccl():
+    """Skip the test where no NCCL will do."""
+    try:
+        _C.nccl_library(nccl_path())
+    except ringkern.UnsupportedError as error:
+        pytest.skip(f"no NCCL here: {error}")
 
 
 def alone(worker):
@@ -135,7 +170,9 @@ def alone(worker):
         check_methods(ring)
         check_no_synchronisation(ring)
         check_freed_memory(ring)
-        check_graphs(ring)
+        for method in ("gather_q", "pass_q"):
+            check_graphs(ring, method)
+        check_captured_passes(ring)
         # A world of one sends nothing in a call; the transport itself does.
         x, y = torch.arange(1 << 20, device="cuda:0"), torch.empty(1 << 20, device="cuda:0").long()
         ring._link.exchange([(0, x)], [(0, y)]).wait()
@@ -143,6 +180,7 @@ def alone(worker):
 
 
 def test_one_rank_over_nccl():
+    need_nccl()
     launch(alone, 1, timeout_s=300)
 
 
@@ -164,10 +202,15 @@ def by_nccl(worker):
     os.environ |= {"NCCL_MAX_CTAS": "1"}
     with ringkern.init_ring(transport="nccl", device="cuda:0", profile=HARDWARE) as ring:
         check_methods(ring)
-        check_graphs(ring)
+        check_no_synchronisation(ring)
+        check_freed_memory(ring)
+        for method in ("gather_q", "pass_q"):
+            check_graphs(ring, method)
+        check_captured_passes(ring)
 
 
 def test_ranks_on_one_gpu_over_nccl():
+    need_nccl()
     launch(by_nccl, 2, timeout_s=500)
 
 
@@ -177,4 +220,5 @@ def claimed(worker):
 
 
 def test_a_gpu_that_two_ranks_claim_is_refused():
+    need_nccl()
     launch(claimed, 2, timeout_s=100)

@@ -200,7 +200,8 @@ def ring_attn_varlen_func(
 
     Args:
         q: [total_local, nheads, headdim]; k and v likewise with nheads_k.
-        cu_seqlens: int32 [batch + 1], global: where each whole sequence begins.
+        cu_seqlens: int32 [batch + 1], global: where each whole sequence begins. Best a list or on
+            the CPU: of a GPU's tensor each call waits for that GPU.
         The rest: see ring_attn_func().
 
     Returns:

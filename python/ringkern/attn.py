@@ -100,7 +100,8 @@ def attn_varlen_func(
     Args:
         q: [total_q, nheads, headdim], sequence after sequence; k and v [total_k, ...] likewise.
         cu_seqlens_q: int32 [batch + 1], where each sequence begins; starts with 0, ends with
-            total_q. A sequence may be empty.
+            total_q. A sequence may be empty. Best a list or on the CPU: of a GPU's tensor each call
+            waits for that GPU.
         cu_seqlens_k: the same for k and v.
         The rest: see attn_func().
 

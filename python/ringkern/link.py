@@ -22,8 +22,9 @@ class Ticket:
     def wait(self) -> tuple[int, int]:
         """Return when every message is through: (posted, done), time.monotonic_ns() both.
 
-        On a ring of GPUs the current stream waits instead, and the times are when the host asked,
-        or, for a trace, marks of DeviceStats.
+        On a ring of GPUs the current stream waits instead, over TCP after the host has waited for
+        what comes and goes. The times are when the host asked, or, for a trace, marks of
+        DeviceStats.
 
         Raises:
             TransportError: the ring failed; the same first error on every call from then on.

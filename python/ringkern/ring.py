@@ -303,7 +303,8 @@ class Ring(Collectives):
         """Return totals since the ring was made: calls, steps, bytes, milliseconds; see Stats.
 
         "transport" holds what the transport itself counted. On a ring of GPUs the milliseconds are
-        those of the host, which runs ahead, unless RINGKERN_TRACE is set: then the GPU's.
+        those of the host, which runs ahead of it over NCCL, unless RINGKERN_TRACE is set: then the
+        GPU's.
         """
         return self._stats.to_dict() | {"transport": self._link.stats()}
 

@@ -157,6 +157,34 @@ TEST_CASE("a rank that never posts is blamed by all, itself too") {
   CHECK(std::chrono::steady_clock::now() - start < milliseconds(5000));
 }
 
+TEST_CASE("ranks that disagree on sizes all learn that messages do not match") {
+  for (const int world_size : {2, 3}) {
+    CAPTURE(world_size);
+    const CleanStubs clean;
+    const auto start = std::chrono::steady_clock::now();
+    const auto failures =
+        fail_ranks({world_size, 500, 1500}, [&](int rank, DeviceTransport& ring, Stream stream) {
+          const std::size_t size = rank == 1 ? 999 : 1000;
+          Buffer out(size), in(size);
+          const int next = (rank + 1) % world_size, prev = (rank + world_size - 1) % world_size;
+          const Failure failure = failure_of([&] {
+            ring.wait(ring.exchange({{next, out.data(), size}}, {{prev, in.data(), size}}, stream),
+                      stream);
+            for (;;) ring.exchange({}, {}, stream);
+          });
+          until([&] { return ring.settled() >= 1; });
+          return failure;
+        });
+    // Whoever is first names the rank that it waits for, which may say the same of another.
+    for (const Failure& failure : failures) {
+      CHECK(failure.kind == Kind::kTimeout);
+      CHECK(contains(failure.text, "the ranks have posted messages that do not match"));
+      CHECK(failure.text.rfind(concat("rank ", failure.origin, " failed"), 0) == 0);
+    }
+    CHECK(std::chrono::steady_clock::now() - start < milliseconds(5000));
+  }
+}
+
 TEST_CASE("the run of a graph is late like an exchange, and one that ends is forgotten") {
   const CleanStubs clean;
   const Gate gate;  // stands for exchanges in the graph, for which rank 2 never comes

@@ -63,8 +63,8 @@ TEST_CASE("an older NCCL gets its own version, and refuses what it does not know
   auto options = nccl_options();
   options.channels_per_net_peer = 4;
   CHECK_THROWS_WITH_AS(join_nccl(ports, 0, options),
-                       "channels_per_net_peer: want NCCL 2.28.3 or later, got 2.27.5. Leave it at "
-                       "0.",
+                       "channels_per_net_peer: want NCCL 2.28.3 or later, got 2.27.5. Unset "
+                       "RINGKERN_NCCL_CHANNELS.",
                        UnsupportedError);
   Ports others(1);
   const auto ring = join_nccl(others, 0, nccl_options());
