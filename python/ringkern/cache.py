@@ -282,6 +282,9 @@ class KVCache:
                 hint = "Run the plans in the order they were made, each once."
                 check(False, "plan", want, f"one on top of {start}", hint)
         for rank, (table, new) in enumerate(zip(self._tables, counts, strict=True)):
+            most = sum(-(-count // self.page_size) + 1 for _, count in new)  # with a copy for each
+            if most <= table.num_free:
+                continue
             need = sum(table.pages_for(number, count) for number, count in new)
             if need > table.num_free:
                 raise ArgumentError(
@@ -292,11 +295,14 @@ class KVCache:
 
     def _new(self, plan: Plan) -> list[list[tuple[int, int]]]:
         """Return for each rank which sequences get new tokens there, and how many."""
-        counts = plan.counts(range(plan.world_size)).T.tolist()
-        return [
-            [(number, count) for number, count in zip(plan.numbers, rank, strict=True) if count]
-            for rank in counts
-        ]
+        counts = plan.all_counts()
+        rows, ranks = np.nonzero(counts)
+        new: list[list] = [[] for _ in range(plan.world_size)]
+        for row, rank, count in zip(
+            rows.tolist(), ranks.tolist(), counts[rows, ranks].tolist(), strict=True
+        ):
+            new[rank].append((plan.numbers[row], count))
+        return new
 
     def _reserve(self, plan: Plan) -> _Reservation:
         reservation = self._append(plan, self._new(plan))

@@ -86,9 +86,18 @@ class Plan:
 
         rows: of which sequences; an index as numpy takes it.
         """
+        if "counts" in self.memo:
+            return self.memo["counts"][rows][:, ranks]
         places = np.asarray(ranks)[None, :] if self.places is None else self.places[rows][:, ranks]
         lengths = np.asarray(self.lengths, dtype=np.int64)[rows]
         return shard.counts(self.layout, lengths, self.world_size, places)
+
+    def all_counts(self) -> np.ndarray:
+        """Return counts() of every rank and sequence, which is kept."""
+        if "counts" not in self.memo:
+            self.memo["counts"] = self.counts(range(self.world_size))
+            self.memo["counts"].flags.writeable = False
+        return self.memo["counts"]
 
     def num_tokens(self, rank: int) -> int:
         """Return how many of the new tokens the rank holds."""

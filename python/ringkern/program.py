@@ -3,6 +3,7 @@
 import functools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ringkern import local
@@ -166,7 +167,7 @@ class Program:
 
         @functools.cache
         def whole(q_rank):
-            return held.take(plan.runs(q_rank)[:, 0])
+            return held.take(np.flatnonzero(plan.all_counts()[:, q_rank]))
 
         @functools.cache
         def halves(q_rank):
