@@ -37,6 +37,7 @@ class Case:
     link_mbit: int | None = None  # a shaped link between ranks; None: loopback
     session: str | None = None  # cases of one session share processes, rings and a profile
     on_gpu: bool = False
+    needs: str | None = None  # a package that may not be there
     quick: dict[str, int] = field(default_factory=dict)  # sizes that only try the machinery
     # impl -> record field -> what it should be at most
     targets: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -357,7 +358,15 @@ CASES = (
     _host("plan", 1000.0, calls=20),
     _host("layer", 50.0, calls=50),
     _host("layer", 100.0, world_size=8, calls=50),
-    _host("graph", 15.0, world_size=8, impls=("gather_q", "pass_q"), calls=32, warmup=2),
+    _host(
+        "graph",
+        15.0,
+        world_size=8,
+        impls=("gather_q", "pass_q"),
+        calls=32,
+        warmup=2,
+        needs="triton",
+    ),
     _plan(1, 1 << 20, 1),
     _plan(1, 1 << 20, 128),
     _plan(1000, 1000, 1),

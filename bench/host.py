@@ -4,6 +4,7 @@ Kernels and messages are replaced by nothing, so what is left is Python: what a 
 """
 
 import contextlib
+import statistics
 from types import SimpleNamespace
 
 import ringkern
@@ -159,13 +160,10 @@ def measure_graph(session, case) -> dict[str, Measurement]:
                     planned.append(timed(_plan_step, state))
                     times.append(timed(state.graphs.run, state.plan))
                 if repetition >= 0:
-                    middle = len(times) // 2
-                    layer_us, plan_us = (
-                        1e6 * sorted(times)[middle] / LAYERS,
-                        sorted(planned)[middle],
-                    )
+                    layer_us = 1e6 * statistics.median(times) / LAYERS
+                    plan_us = 1e6 * statistics.median(planned)
                     found[impl].times_s.append(times)
-                    found[impl].add({"layer_us": layer_us, "plan_us": 1e6 * plan_us})
+                    found[impl].add({"layer_us": layer_us, "plan_us": plan_us})
     return found
 
 
@@ -173,21 +171,20 @@ def _graph_state(case, method):
     link = NoLink(case.world_size)
     link.name = "nccl"
     ring = Ring(link, torch.device("cpu"))
-    ring.programs._backend = lambda problem: "triton"
     placement, names = ringkern.Placement(case.world_size), _names(case)
     cache = ringkern.KVCache(
         ring, placement, num_layers=LAYERS, nheads_k=1, headdim=16, dtype=torch.bfloat16,
         num_pages=4 * case.shape["batch"], page_size=64,
     )  # fmt: skip
-    plan = placement.prefill(dict.fromkeys(names, case.shape["cached"]))
-    cache.reserve(plan, None)
-    cache.ran(plan)
-    sizes = {n: [torch.zeros(n, heads, 16).bfloat16() for heads in (4, 1, 1)] for n in range(99)}
 
-    def step(plan):
+    def step(plan, method=method):
+        n = plan.num_tokens(RANK)
+        inputs = [torch.zeros(n, heads, 16, dtype=torch.bfloat16) for heads in (4, 1, 1)]
         for layer in range(LAYERS):
-            _attend(ring, cache, plan, layer, method, sizes[plan.num_tokens(RANK)])
+            _attend(ring, cache, plan, layer, method, inputs)
 
+    step(placement.prefill(dict.fromkeys(names, case.shape["cached"])), "pass_kv")
+    ring.programs._backend = lambda problem: "triton"  # as graphs want it, from here on
     graphs = DecodeGraphs(ring, cache, step)
     graphs.capture = lambda run: (run(), lambda: None)
     return SimpleNamespace(placement=placement, names=names, graphs=graphs, plan=None)

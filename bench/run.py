@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import importlib.util
 import json
 import multiprocessing.forkserver
 import pathlib
@@ -58,6 +59,8 @@ def why_not(case: cases.Case, quick: bool) -> str | None:
     """Return why a case cannot run on this machine; None where it can."""
     if case.link_mbit:
         return links.why_not()
+    if case.needs and importlib.util.find_spec(case.needs) is None:
+        return f"no {case.needs} here: pip install {case.needs}"
     return gpu.why_not(quick) if case.on_gpu else None
 
 
@@ -123,7 +126,7 @@ class Run:
         together: dict[tuple, list] = {}
         for case in chosen:
             alone = None if self.args.quick else case.session or case.id
-            key = case.in_ranks, case.world_size, case.link_mbit, case.on_gpu, alone
+            key = case.in_ranks, case.world_size, case.link_mbit, case.on_gpu, case.needs, alone
             together.setdefault(key, []).append(case)
         return list(together.values())
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -211,6 +212,19 @@ def test_a_wrong_result_is_told_and_not_recorded(tmp_path, capsys):
     assert "FAILED exchange/tcp/w2/64MiB" in capsys.readouterr().err
 
 
+def test_a_case_without_its_package_is_skipped_by_name(tmp_path, capsys):
+    args = run.make_parser().parse_args(["--out", str(tmp_path / "records"), "--quick"])
+    host = [one for one in cases.CASES if one.id.startswith("host/")]
+    lacking = [
+        dataclasses.replace(one, needs="no_such_thing") if one.needs else one for one in host
+    ]
+    assert run.Run(args).run(lacking) == 0
+    printed = capsys.readouterr()
+    want = "SKIPPED host/graph/w8/b64: no no_such_thing here: pip install no_such_thing"
+    assert printed.err.splitlines() == [want]
+    assert "host/plan/w4/b64" in printed.out and "host/graph" not in printed.out
+
+
 def test_every_case_runs():
     """Through the command, in tiny sizes; a record of each is well formed, and none is kept."""
     before = sorted((ROOT / "bench/results").glob("*"))
@@ -231,6 +245,7 @@ def test_every_case_runs():
     assert all(one["ok"] for one in records)
     skipped = [case for case in cases.CASES if case.link_mbit and links.why_not()]
     skipped += [case for case in cases.CASES if case.on_gpu and not torch.cuda.is_available()]
+    skipped += [one for one in cases.CASES if one.needs and not find_spec(one.needs)]
     assert done.stderr.count("SKIPPED") == len(skipped), "skipped by name"
     assert all(f"SKIPPED {case.id}: " in done.stderr for case in skipped)
     chosen = [case for case in cases.CASES if not (case.on_gpu or case in skipped)]
