@@ -1,6 +1,7 @@
 """Histories: positions are held once, evenly, and every method covers the mask exactly once."""
 
 import collections
+import random
 
 import pytest
 import ringkern
@@ -10,39 +11,49 @@ from ringkern import schedule, tiles
 from ringkern.schedule import METHODS, make_schedule
 from strategies import WINDOWS, WORLD_SIZES
 
-NAMES = st.sampled_from("abc")
+WHICH = st.integers(0, 9)  # of the sequences that there are then, forks as well
+NEW = st.one_of(st.integers(1, 14), st.integers(1, 60))
 CHANGES = st.lists(
     st.one_of(
-        st.tuples(st.just("prefill"), st.dictionaries(NAMES, st.integers(1, 14), min_size=1)),
-        st.tuples(st.just("decode"), st.integers(1, 9)),
-        st.tuples(st.just("truncate"), NAMES, st.integers(1, 4)),
-        st.tuples(st.just("fork"), NAMES),
-        st.tuples(st.just("free"), NAMES),
+        st.tuples(
+            st.just("prefill"), st.dictionaries(st.sampled_from([*"abc", 0, 1, 2]), NEW, min_size=1)
+        ),
+        st.tuples(st.just("decode"), st.integers(1, 9), WHICH),
+        st.tuples(st.just("truncate"), WHICH, NEW),
+        st.tuples(st.just("fork"), WHICH),
+        st.tuples(st.just("free"), WHICH),
     ),
     min_size=1,
-    max_size=6,
+    max_size=8,
 )
 
 
 def grown(placement, changes, most_decodes=9):
-    """Apply the changes that make sense; yield each plan when it is made."""
-    alive = set()
+    """Apply the changes; yield each plan when it is made. Sequences are named, or numbered."""
+    alive: list[str] = []
+
+    def name(which):
+        return which if isinstance(which, str) or not alive else alive[which % len(alive)]
+
     for number, (what, *args) in enumerate(changes):
         if what == "prefill":
-            alive |= set(args[0])
-            yield placement.prefill(args[0])
+            lengths = {str(name(which)): length for which, length in args[0].items()}
+            alive += [one for one in lengths if one not in alive]
+            yield placement.prefill(lengths)
         elif what == "decode" and alive:
+            some = alive[: 1 + args[1] % len(alive)]
             for _ in range(min(args[0], most_decodes)):
-                yield placement.decode(sorted(alive))
-        elif what == "truncate" and args[0] in alive:
-            length = placement.length(args[0])
-            placement.truncate(args[0], max(0, length - args[1]))
-        elif what == "fork" and args[0] in alive:
-            placement.fork(args[0], f"fork {number}")
-            alive.add(f"fork {number}")
-        elif what == "free" and args[0] in alive:
-            placement.free(args[0])
-            alive.remove(args[0])
+                yield placement.decode(some)
+        elif what == "truncate" and alive:
+            one = name(args[0])
+            placement.truncate(one, max(0, placement.length(one) - args[1]))
+        elif what == "fork" and alive:
+            placement.fork(name(args[0]), f"fork {number}")
+            alive.append(f"fork {number}")
+        elif what == "free" and alive:
+            one = name(args[0])
+            placement.free(one)
+            alive.remove(one)
 
 
 def positions_of(table):
@@ -158,6 +169,50 @@ def test_sequences_of_one_length_decode_on_different_ranks():
     assert [plan.num_tokens(rank) for rank in range(4)] == [4, 4, 4, 4]
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
+def test_many_short_sequences_fill_the_ranks_evenly(world_size):
+    """Prompts of a few tokens, alone and in batches, some of which end: no rank runs out first."""
+    draw, placement = random.Random(world_size), ringkern.Placement(world_size)
+    placement.prefill({i: 1 for i in range(12)})  # the first ones are dealt as drop-ins want them
+    assert placement._load.tolist() == [12] + [0] * (world_size - 1)
+    placement.prefill({f"first {i}": 1 for i in range(12 * (world_size - 1))})
+    for number in range(120):
+        names = [f"{number} {i}" for i in range(draw.choice([1, 1, 7]))]
+        placement.prefill({name: draw.randint(1, 2 * world_size + 3) for name in names})
+        held = placement._load.tolist()
+        assert held == [sum(tokens_of(placement, rank)) for rank in range(world_size)]
+        assert max(held) - min(held) <= 1
+    for name in [name for name in placement._records if draw.random() < 0.5]:
+        if draw.random() < 0.5:
+            placement.free(name)
+        else:
+            placement.truncate(name, placement.length(name) // 2)
+    held = [sum(tokens_of(placement, rank)) for rank in range(world_size)]
+    assert placement._load.tolist() == held
+    uneven = max(placement._load) - min(placement._load)
+    for number in range(40 * uneven):
+        placement.prefill({f"later {number}": 1})
+    assert max(placement._load) - min(placement._load) <= 1
+
+
+def test_sequences_of_one_length_are_not_sharded_alike():
+    """Each begins where there are fewest tokens: one does not stand for all that are as long."""
+    placement = ringkern.Placement(2)
+    placement.prefill({"x": 1})
+    plan = placement.prefill({"a": 1, "b": 1, "c": 1})
+    assert plan.all_counts().tolist() == [[0, 1], [1, 0], [0, 1]]
+    assert schedule.visibility(plan, tiles.UNBOUNDED, tiles.UNBOUNDED).tolist() == [
+        [True, False],
+        [False, True],
+    ]
+
+
+def tokens_of(placement, rank):
+    """Yield how many tokens of each sequence the rank holds."""
+    for record in placement._records.values():
+        yield sum(chunk.length for chunk in record.held[rank])
+
+
 def test_after_truncate_new_tokens_go_where_there_are_fewest():
     placement = ringkern.Placement(2)
     placement.prefill({"a": 16})  # rank 0 holds 0..3 and 12..15
@@ -193,6 +248,10 @@ def test_ids_can_be_used_again():
         (lambda p: p.prefill({"a": True}), "length of 'a'"),
         (lambda p: p.decode([]), "sequences: want at least one"),
         (lambda p: p.decode(["a", "a"]), "sequences: want each once"),
+        (lambda p: p.decode("a"), "sequences: want a list of sequence ids, got 'a'"),
+        (lambda p: p.decode(5), "sequences: want a list"),
+        (lambda p: p.decode([["a"]]), "sequence: want an id that was prefilled"),
+        (lambda p: p.fork("a", ["b"]), "new: want an id"),
         (lambda p: p.decode(["a", "x"]), "sequence: want an id that was prefilled.*'x'"),
         (lambda p: p.truncate("a", 6), "length: want 0 to 5"),
         (lambda p: p.truncate("a", -1), "length: want 0 to 5"),

@@ -196,7 +196,7 @@ def ring_attn_varlen_func(
     """Return attention of this rank's queries to the keys of every rank, for a packed batch.
 
     Each sequence is sharded alone, and a rank's shards follow each other in the order of the
-    batch: what Placement.prefill() plans, or shard_sequence() of each sequence in turn.
+    batch: what a new Placement's first prefill() plans, or shard_sequence() of each in turn.
 
     Args:
         q: [total_local, nheads, headdim]; k and v likewise with nheads_k.

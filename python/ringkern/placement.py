@@ -1,6 +1,6 @@
 """The history: which sequences there are, and where their positions lie."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,8 +33,10 @@ class Placement:
         plan = placement.decode(["a", "b"])  # one more token each
 
     Of any sequence, any two ranks hold the same number of tokens, give or take one, over any mix of
-    prefills and decodes. After truncate(), which takes from where the last tokens lie, new tokens
-    go where there are fewest.
+    prefills and decodes. Where sequences begin, the odd tokens go to the ranks that hold fewest of
+    all sequences; where all begin, each is sharded as shard_sequence() does it. After truncate(),
+    which takes from where the last tokens lie, new tokens go where there are fewest of the
+    sequence's.
     """
 
     def __init__(self, world_size: int):
@@ -48,6 +50,7 @@ class Placement:
         # key is where the next token goes.
         self._keys = np.zeros((4, world_size), dtype=np.int64)
         self._free_rows = list(range(len(self._keys)))[::-1]
+        self._load = np.zeros(world_size, dtype=np.int64)  # tokens of all sequences, by rank
         self._watchers: list = []  # caches, told of fork, truncate and free
 
     # ---- new tokens
@@ -72,7 +75,7 @@ class Placement:
             check(ok, f"length of {sequence!r}", "an int above 0", repr(length))
         return self._extend(tuple(lengths), tuple(lengths.values()))
 
-    def decode(self, sequences: Sequence[object]) -> Plan:
+    def decode(self, sequences: Collection[object]) -> Plan:
         """Return the plan for one new token of each sequence.
 
         The rank that owns a sequence's new token rotates (paper.md, Algorithm 4), from where the
@@ -81,10 +84,12 @@ class Placement:
         Raises:
             ArgumentError: no sequence, one twice, or one that is not known. Nothing changed.
         """
+        ok = isinstance(sequences, Collection) and not isinstance(sequences, str | bytes)
+        check(ok, "sequences", "a list of sequence ids", repr(sequences))
         check(len(sequences) > 0, "sequences", "at least one sequence", "none")
-        check(len(set(sequences)) == len(sequences), "sequences", "each once", list(sequences))
         for sequence in sequences:
             self._record(sequence)
+        check(len(set(sequences)) == len(sequences), "sequences", "each once", list(sequences))
         return self._extend(tuple(sequences), (1,) * len(sequences))
 
     def _extend(self, sequences, lengths) -> Plan:
@@ -107,44 +112,65 @@ class Placement:
             self._plans,
             self,
         )
-        self._keys[rows] = keys + self.world_size * plan.counts(range(self.world_size))
+        counts = plan.counts(range(self.world_size))
+        self._keys[rows] = keys + self.world_size * counts
+        self._load += counts.sum(axis=0)
         for rank, runs in enumerate(plan.all_runs()):
             for seq, _, *chunk in runs.tolist():
                 held = records[seq].held
                 held[rank] = _appended(held[rank], Chunk(*chunk))
         for record, length in zip(records, lengths, strict=True):
             record.length += length
-            if length > 1 or record.length == 1:
-                self._deal(record)
+        more = zip(records, lengths, strict=True)
+        self._deal([record for record, length in more if length > 1 or record.length == 1])
         return plan
 
-    def _deal(self, record) -> None:
-        """Choose the order in which the ranks get the sequence's next tokens, one each.
+    def _deal(self, records) -> None:
+        """Choose the order in which the ranks get the sequences' next tokens, one each.
 
-        It begins where the fewest other sequences go next, so that a batch's new tokens spread over
-        the ranks; decoding keeps to it, so that a rank's tokens are world_size apart.
+        First those get one that hold fewer than others; then all in turn, which decoding keeps to,
+        so that a rank's tokens are world_size apart. The turns begin such that a batch's new tokens
+        spread over the ranks: in the long run, and then the next ones.
         """
-        size = self.world_size
-        held = self._keys[record.row] // size
-        rows = [other.row for other in self._records.values() if other is not record]
-        next_ranks = self._keys[rows].argmin(axis=1) if rows else np.zeros(0, dtype=np.int64)
-        load = np.bincount(next_ranks, minlength=size)
-        start = int(np.where(held == held.min(), load, len(rows) + 1).argmin())
-        self._keys[record.row] = held * size + (np.arange(size) - start) % size
+        rows, size = [record.row for record in records], self.world_size
+        ranks = np.arange(size)
+        others = self._keys[
+            [other.row for other in self._records.values() if other.row not in set(rows)]
+        ]
+        going = np.bincount(_phases(others), minlength=size)
+        first = np.bincount(others.argmin(axis=1), minlength=size)
+        held = self._keys[rows] // size
+        missing = (held.max(axis=1, keepdims=True) - held).sum(axis=1)
+        lowest = held == held.min(axis=1, keepdims=True)
+        for i in np.argsort(lowest.sum(axis=1), kind="stable"):  # who can choose least, first
+            fewest = np.flatnonzero(lowest[i])
+            owners = fewest[((fewest - ranks[:, None]) % size).argmin(axis=1)]  # by start
+            phases = (ranks - missing[i]) % size
+            start = (going[phases] * len(self._records) + first[owners]).argmin()
+            going[phases[start]] += 1
+            first[owners[start]] += 1
+            self._keys[rows[i]] = held[i] * size + (ranks - start) % size
 
     def _places(self, keys, starts, lengths):
         """Return which share of each sequence is each rank's, int64 [sequences, ranks].
 
-        Shares that are one token longer go to the ranks that hold fewest. A new sequence is dealt
-        by rank number, as shard_sequence() does.
+        Shares that are one token longer go to the ranks that hold fewest of the sequence, or, where
+        it begins, of all. Where there is nothing yet, each is dealt by rank number, as
+        shard_sequence() does.
         """
-        size = self.world_size
+        size, load = self.world_size, self._load.copy()
+        if not load.any():
+            return np.broadcast_to(np.arange(size), keys.shape)
+        extra = np.asarray(lengths) % (2 * size)
         position = np.argsort(np.argsort(keys, axis=1), axis=1)  # 0: the rank that holds fewest
-        extra = (np.asarray(lengths) % (2 * size))[:, None]
+        for i in np.flatnonzero(starts == 0):
+            order = load.argsort(kind="stable")
+            position[i, order] = np.arange(size)
+            load[order[: extra[i] - size * (extra[i] > size)]] += 1
         # The longer shares are places 0 .. extra - 1, or, beyond world_size, those from
         # 2 * world_size - extra on.
-        places = np.where(extra <= size, position, (position - extra) % size)
-        return np.where(starts[:, None] == 0, np.arange(size)[None, :], places)
+        extra = extra[:, None]
+        return np.where(extra <= size, position, (position - extra) % size)
 
     # ---- changes to the history
 
@@ -163,6 +189,7 @@ class Placement:
             kept = _truncated(chunks, length)
             lost = sum(c.length for c in chunks) - sum(c.length for c in kept)
             self._keys[record.row, rank] -= self.world_size * lost
+            self._load[rank] -= lost
             record.held[rank] = kept
         self._tell("truncated", record.number, record.held)
 
@@ -170,17 +197,20 @@ class Placement:
         """Begin sequence `new` with all tokens of `sequence`. Caches share the pages until one
         of the two writes."""
         record = self._record(sequence)
-        check(new not in self._records, "new", "an id that is not in use", repr(new))
+        fresh = isinstance(new, Hashable) and new not in self._records
+        check(fresh, "new", "an id that is not in use", repr(new))
         copy = self._begin(new)
         copy.length, copy.held = record.length, list(record.held)
         self._keys[copy.row] = self._keys[record.row]
-        self._deal(copy)
+        self._load += self._keys[record.row] // self.world_size
+        self._deal([copy])
         self._tell("forked", record.number, copy.number)
 
     def free(self, sequence: object) -> None:
         """Forget the sequence."""
         record = self._record(sequence)
         del self._records[sequence]
+        self._load -= self._keys[record.row] // self.world_size
         self._free_rows.append(record.row)
         self._tell("freed", record.number)
 
@@ -207,12 +237,8 @@ class Placement:
             getattr(cache, event)(*what)
 
     def _record(self, sequence) -> _Record:
-        check(
-            sequence in self._records,
-            "sequence",
-            "an id that was prefilled and not freed",
-            repr(sequence),
-        )
+        known = isinstance(sequence, Hashable) and sequence in self._records
+        check(known, "sequence", "an id that was prefilled and not freed", repr(sequence))
         return self._records[sequence]
 
     def _begin(self, sequence) -> _Record:
@@ -225,6 +251,14 @@ class Placement:
         record = _Record(self._plans, number, row, 0, [()] * self.world_size)
         self._records[sequence] = record
         return record
+
+
+def _phases(keys):
+    """Return whose turn it would be if all ranks held as many tokens as any, by sequence."""
+    size = keys.shape[1]
+    held = keys // size
+    missing = (held.max(axis=1, keepdims=True) - held).sum(axis=1)
+    return (-keys[:, 0] - missing) % size
 
 
 def _appended(held: tuple[Chunk, ...], new: Chunk) -> tuple[Chunk, ...]:

@@ -12,6 +12,7 @@ from ringkern.plan import Plan
 from ringkern.types import FIRST_HALF, SECOND_HALF, WHOLE, Move, Step, Work
 
 METHODS = ("pass_kv", "pass_q", "gather_kv", "gather_q")
+MOVE_KV = ("pass_kv", "gather_kv")  # those by which K and V travel, and not queries
 
 
 def check_method(method: str) -> None:
@@ -286,13 +287,15 @@ def _sees(plan, left, right):
 def _unlike(plan):
     """Return the sequences that differ in how they are sharded, int64.
 
-    New sequences of one length are sharded alike, so one of each length will do: at most about
-    sqrt(2 * total) of them, however many there are.
+    New sequences of one length are sharded alike where the ranks have the same places, which they
+    have by turns: one of each will do.
     """
-    lengths = np.asarray(plan.lengths)
-    new = np.ones(len(lengths), dtype=bool) if plan.starts is None else plan.starts == 0
+    kinds = np.asarray(plan.lengths)[:, None]
+    if plan.places is not None:
+        kinds = np.concatenate([kinds, plan.places], axis=1)
+    new = np.ones(len(kinds), dtype=bool) if plan.starts is None else plan.starts == 0
     of_new = np.flatnonzero(new)
-    _, first = np.unique(lengths[of_new], return_index=True)
+    _, first = np.unique(kinds[of_new], axis=0, return_index=True)
     return np.concatenate([of_new[first], np.flatnonzero(~new)])
 
 
