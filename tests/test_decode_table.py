@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ringkern import tiles
-from ringkern.decode_table import Rows, make_decode_table
+from ringkern.decode_table import Rows, make_decode_table, make_room
 
 
 def full(q0, q1, k0, k1):
@@ -87,3 +87,29 @@ def test_rows_are_halved_as_their_spans_are(keys, page_size):
                 range(k0 // page_size, k0 // page_size + count)
             )
     assert rows.seqused_k.tolist() == keys, "left as it was"
+
+
+@given(st.data(), st.lists(st.integers(0, 30), max_size=6), st.integers(1, 9))
+def test_packed_rows_have_the_same_keys(data, keys, page_size):
+    pages = [-(-n // page_size) for n in keys]
+    numbers = iter(data.draw(st.permutations(range(sum(pages) + 3))))
+    table = np.full((len(keys), max(pages, default=0) + 2), 99, dtype=np.int32)  # 99: not there
+    for row, count in zip(table, pages, strict=True):
+        row[:count] = [next(numbers) for _ in range(count)]
+    rows = Rows(table, np.array(keys, dtype=np.int32))
+    slots, packed = rows.slots(page_size), rows.pack(page_size)
+    assert slots.dtype == np.int64 and len(slots) == sum(pages) * page_size
+    for i, n in enumerate(keys):
+        places = [
+            packed.page_table[i, key // page_size] * page_size + key % page_size for key in range(n)
+        ]
+        want = [table[i, key // page_size] * page_size + key % page_size for key in range(n)]
+        assert slots[places].tolist() == want
+    assert packed.seqused_k.tolist() == keys and packed.page_table.dtype == np.int32
+
+
+def test_room_is_for_queries_that_see_nothing_yet():
+    room = make_room(3, 5, 16)
+    assert room.page_table.shape == (3, 5) and room.seqused_k.tolist() == [0, 0, 0]
+    assert room.cu_seqlens_q.tolist() == [0, 1, 2, 3] and room.page_size == 16
+    assert {x.dtype for x in room[:3]} == {np.dtype(np.int32)}

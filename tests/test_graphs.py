@@ -5,6 +5,7 @@ and the slots of the capture, whose contents alone have changed since.
 """
 
 import contextlib
+import itertools
 import types
 
 import accelerator  # so that threads take turns in Triton's interpreter
@@ -13,9 +14,11 @@ import ringkern
 import torch
 from close import assert_close
 from ringkern import local
+from ringkern.cost import Choice
 from ringkern.errors import ArgumentError, UnsupportedError
 from ringkern.graphs import DecodeGraphs
 from ringkern.kernels import reference
+from ringkern.schedule import METHODS, MOVE_KV
 from stub_gpu import run_stub, why_no_stubs
 
 pytestmark = pytest.mark.skipif(bool(why_no_stubs()), reason=why_no_stubs() or "none")
@@ -34,13 +37,13 @@ class Again(DecodeGraphs):
         self.replays = 0
 
     def capture(self, step):
-        programs, result = self._ring.programs._fixed, []
+        fixed, result = self._ring.programs._fixed, []
 
         def replay():
             self.replays += 1
             cache = self._cache
             cache.check_call = lambda *given: None  # Python does not run in a replay
-            with self._ring.programs.fixed(programs):
+            with self._ring.programs.fixed(fixed):
                 result[:] = [step()]
             del cache.check_call
 
@@ -106,11 +109,66 @@ def decode(ring, method, steps):
     return graphs.replays
 
 
-@pytest.mark.parametrize("method", ["gather_q", "pass_q"])
+@pytest.mark.parametrize("method", METHODS)
 def test_replays_match_new_calls(monkeypatch, method):
     monkeypatch.setenv("RINGKERN_BACKEND", "triton")
-    replays = run_stub(decode, 3, method, 11)
+    replays = run_stub(decode, 3, method, 17 if method in MOVE_KV else 11)
     assert len(set(replays)) == 1 and replays[0] >= 3
+
+
+def grow(ring, method):
+    """Keys need more and more room on the wire: a step is captured anew each time it doubles."""
+    session = Session(ring, method=method, num_pages=24)
+    graphs, rooms = Again(ring, session.cache, session.step), []
+    captured, capture = [], graphs.capture
+    graphs.capture = lambda step: captured.append(session.placement.length("a")) or capture(step)
+    for _ in range(36):
+        plan = session.placement.decode(["a"])
+        session.feed(plan)
+        result = graphs.run(plan)
+        rooms.append(max(shape.fixed.wire_pages for shape in graphs._shapes.values()))
+        for out in _layers(result):
+            want = session.want(plan)
+            got = ring.unshard(out, plan)
+            assert_close(got, want, want.float(), name=f"{method} at {len(session.whole['a'])}")
+    sent = ring.stats()["bytes_sent"], ring.stats()["bytes_planned"]
+    return rooms, captured, graphs.replays, sent
+
+
+@pytest.mark.parametrize("method", ["pass_kv", "gather_kv", "gather_q"])
+def test_keys_on_the_wire_have_room_to_grow(monkeypatch, method):
+    monkeypatch.setenv("RINGKERN_BACKEND", "triton")
+    ranks = run_stub(grow, 2, method)
+    rooms, captured, replays, _ = ranks[0]
+    assert all(rank[:3] == ranks[0][:3] for rank in ranks), "every rank captures alike"
+    assert all(sent == planned for *_, (sent, planned) in ranks)
+    # 9 tokens and 36 more on 2 ranks: 2 pages of 4 tokens, then 3 to 6.
+    assert rooms[0] == 2 and rooms[-1] == (8 if method != "gather_q" else 2)
+    assert len(captured) == (6 if method != "gather_q" else 2)
+    assert replays == 36 - len(captured), "runs that are not replayed are captured next"
+
+
+def choose_anew(ring):
+    """A graph keeps the method that "auto" took for its first plan."""
+    session = Session(ring, method="auto")
+    turns = itertools.cycle(["gather_q", "pass_kv"])
+    ring._choose = lambda *asked: Choice(next(turns), "in turn", {})
+    graphs = Again(ring, session.cache, session.step)
+    for _ in range(3 * ring.world_size):
+        plan = session.placement.decode(["a"])
+        session.feed(plan)
+        result = graphs.run(plan)
+        want = session.want(plan)
+        assert_close(ring.unshard(_layers(result)[0], plan), want, want.float(), name="auto")
+    fixed = [shape.fixed for shape in graphs._shapes.values()]
+    return [({key[0] for key in one.programs}, set(one.methods.values())) for one in fixed]
+
+
+def test_auto_is_chosen_once_for_a_graph(monkeypatch):
+    monkeypatch.setenv("RINGKERN_BACKEND", "triton")
+    ranks = run_stub(choose_anew, 2)
+    assert ranks[0] == ranks[1] and len(ranks[0]) == 2
+    assert all(ran == pinned and len(pinned) == 1 for ran, pinned in ranks[0])
 
 
 def forget(ring):
@@ -179,7 +237,6 @@ def refuse(ring):
         graphs.run(plan)
     session.placement.truncate("a", 9)
     for options, match in (
-        (dict(method="pass_kv"), "method.*want gather_q or pass_q, got pass_kv"),
         (dict(window_size=(3, 0)), "window_size.*want no window"),
         (dict(cache=None), "cache"),
     ):

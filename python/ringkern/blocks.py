@@ -40,10 +40,15 @@ class Blocks:
 
     Kinds: "kv", "q"; "part", what is computed here for another rank's queries; "arrived", what
     another rank computed for this rank's; "out", this rank's own sum.
+
+    kv_room: tokens of every "kv", as a block has them whose plan may change; None: the plan's.
     """
 
-    def __init__(self, pool: Pool, plan: Plan, problem: Problem, dtype, device, partial_dtype):
+    def __init__(
+        self, pool: Pool, plan: Plan, problem: Problem, dtype, device, partial_dtype, kv_room=None
+    ):
         self._pool, self._plan, self._problem = pool, plan, problem
+        self._kv_room = kv_room
         self._dtype, self._device = dtype, device
         self._partial_dtype = partial_dtype or torch.float32
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
@@ -51,7 +56,7 @@ class Blocks:
 
     def nbytes(self, kind: str, tokens: int) -> int:
         """Return the bytes of a block on the wire."""
-        kind = "part" if kind == "arrived" else kind
+        kind, tokens = "part" if kind == "arrived" else kind, self._sized(kind, tokens)
         return block_bytes(kind, tokens, self._problem, self._partial_dtype.itemsize)
 
     # ---- taking and dropping
@@ -141,7 +146,10 @@ class Blocks:
 
     def _hold(self, kind, rank, tokens, nbytes):
         self._buffers[kind, rank] = self._pool.take(nbytes, self._device)
-        self._tokens[kind, rank] = tokens
+        self._tokens[kind, rank] = self._sized(kind, tokens)
+
+    def _sized(self, kind, tokens):
+        return self._kv_room if kind == "kv" and self._kv_room else tokens
 
     def _most(self, kind):
         """Return the most tokens that any rank's block of this kind has."""

@@ -198,23 +198,32 @@ class KVCache:
             self._lay_out(plan, reservation)
         return reservation.runs
 
-    def held(self, plan: Plan) -> Rows:
-        """Return the pages that the plan's sequences have on this rank, sequence after sequence."""
-        mine = self._tables[self.ring.rank]
-        held = [mine.held(number) for number in plan.numbers]
+    def held(self, plan: Plan, rank: int) -> Rows:
+        """Return the pages that the plan's sequences have on a rank, sequence after sequence."""
+        table = self._tables[rank]
+        held = [table.held(number) for number in plan.numbers]
         most = max((len(x.pages) for x in held), default=0)
         page_table = np.zeros((len(held), max(most, 1)), dtype=np.int32)
         for row, x in zip(page_table, held, strict=True):
             row[: len(x.pages)] = x.pages
         return Rows(page_table, np.array([x.tokens for x in held], dtype=np.int32))
 
-    def gather(self, plan: Plan, layer: int, k_out, v_out) -> None:
-        """Copy K and V of the plan's sequences into [1, tokens, ...], in plan.kv_runs()'s order."""
+    def most_pages(self, plan: Plan) -> int:
+        """Return in how many pages the plan's sequences lie on the rank where they are the most."""
+        return max(
+            sum(len(table.held(number).pages) for number in plan.numbers) for table in self._tables
+        )
+
+    def slots(self, plan: Plan) -> torch.Tensor:
+        """Return where K and V of the plan's sequences lie here, in plan.kv_runs()'s order."""
         reservation = self._reservation(plan)
         if reservation.all_slots is None:
             self.runs(plan)
             reservation.all_slots = upload(reservation.slots, self.ring.device)
-        slots = reservation.all_slots
+        return reservation.all_slots
+
+    def gather(self, layer: int, slots: torch.Tensor, k_out, v_out) -> None:
+        """Copy K and V of slots, int64 [tokens], into [1, tokens, ...]; nothing of slot -1."""
         local.gather_rows(self._k[layer], slots, k_out, self._backend)
         local.gather_rows(self._v[layer], slots, v_out, self._backend)
 

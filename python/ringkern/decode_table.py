@@ -24,9 +24,7 @@ class DecodeTable(NamedTuple):
     page_size: int
 
 
-def make_decode_table(
-    spans: np.ndarray, rows: int, page_size: int, each_row: bool = False
-) -> DecodeTable | None:
+def make_decode_table(spans: np.ndarray, rows: int, page_size: int) -> DecodeTable | None:
     """Return the tables of a span table, int64 [n, 8]; None where spans are no decode.
 
     That is: a mask, many queries of a sequence, queries that see different keys, or keys that do
@@ -36,10 +34,8 @@ def make_decode_table(
         spans: of keys in slots page * page_size + offset; columns as in types.Span.
         rows: of the query tensor.
         page_size: slots of a page.
-        each_row: every query is a sequence of its own, also those without keys, so that the tables'
-            shapes do not depend on the keys; None where a sequence has more queries.
     """
-    if not len(spans) and not each_row:
+    if not len(spans):
         return None
     spans = spans[np.lexsort((np.arange(len(spans)), spans[:, 0]))]
     q0, q1, k0, k1, lo, hi, q_stride, k_stride = spans.T
@@ -51,7 +47,7 @@ def make_decode_table(
     last = np.append(of[1:] != of[:-1], True)
     whole = (k0 % page_size == 0) & (last | (k1 % page_size == 0))
     alike = (ends[of] == q1).all() and (begins[1:] >= ends[:-1]).all()
-    few = (ends - begins).max(initial=0) <= (1 if each_row else MOST_ROWS)
+    few = (ends - begins).max(initial=0) <= MOST_ROWS
     if not (full.all() and whole.all() and alike and few):
         return None
     edges = _cut(
@@ -72,6 +68,16 @@ def make_decode_table(
     )
 
 
+def make_room(rows: int, pages: int, page_size: int) -> DecodeTable:
+    """Return the tables of so many queries, each of a sequence of its own, that see no key yet.
+
+    pages: that any of them will see at most.
+    """
+    page_table = np.zeros((rows, pages), dtype=np.int32)
+    cu_seqlens_q = np.arange(rows + 1, dtype=np.int32)
+    return DecodeTable(page_table, np.zeros(rows, dtype=np.int32), cu_seqlens_q, page_size)
+
+
 class Rows(NamedTuple):
     """The pages of rows that see all keys in theirs: a row is a query, or a sequence.
 
@@ -85,6 +91,23 @@ class Rows(NamedTuple):
     def take(self, rows: np.ndarray) -> "Rows":
         """Return some rows, by number."""
         return Rows(self.page_table[rows], self.seqused_k[rows])
+
+    def slots(self, page_size: int) -> np.ndarray:
+        """Return the slots of all pages, row after row, int64: what pack() packs."""
+        inside = np.arange(self.page_table.shape[1]) < self._counts(page_size)[:, None]
+        pages = self.page_table[inside].astype(np.int64)
+        return (pages[:, None] * page_size + np.arange(page_size)).ravel()
+
+    def pack(self, page_size: int) -> "Rows":
+        """Return the rows as they are where these slots lie packed."""
+        counts = self._counts(page_size)
+        first = np.cumsum(counts) - counts
+        page_table = first[:, None] + np.arange(max(counts.max(initial=0), 1))
+        return Rows(page_table.astype(np.int32), self.seqused_k)
+
+    def _counts(self, page_size):
+        """Return how many pages each row has keys in."""
+        return -(-self.seqused_k.astype(np.int64) // page_size)
 
     def halve(self, page_size: int) -> tuple["Rows", "Rows"]:
         """Return two that have about half of the keys each: tiles.halve() of such rows' spans."""

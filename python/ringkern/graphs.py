@@ -5,8 +5,9 @@ import torch
 from ringkern.cache import KVCache
 from ringkern.errors import UnsupportedError, check
 from ringkern.plan import Plan
+from ringkern.programs import Fixed
 from ringkern.ring import Ring
-from ringkern.schedule import visibility
+from ringkern.schedule import MOVE_KV, visibility
 from ringkern.tiles import UNBOUNDED
 
 
@@ -14,8 +15,19 @@ class _Shape:
     """Plans that one graph can run: they differ in lengths and slots alone."""
 
     def __init__(self):
-        self.programs: dict = {}
+        self.fixed = Fixed({}, {}, wire_pages=0)
         self.slots = None  # of the new tokens, where the graph reads them
+        self.replay = self.result = None
+
+    @property
+    def moves_kv(self) -> bool:
+        """Whether K and V travel in it."""
+        return any(method in MOVE_KV for method, *_ in self.fixed.programs)
+
+    def begin(self, pages: int) -> None:
+        """Forget the graph; have place for so many pages of K and V on the wire, and for more."""
+        wire_pages = 1 << (pages - 1).bit_length()
+        self.fixed = Fixed({}, self.fixed.methods, wire_pages)
         self.replay = self.result = None
 
 
@@ -36,12 +48,15 @@ class DecodeGraphs:
     first step of each kind runs as it is, the second is captured, and the others replay it with
     their lengths and pages in its tables. Every rank must run the same plans.
 
+    By pass_kv and gather_kv, K and V of a rank travel in whole pages, as many as a power of two: up
+    to twice what a call outside of a graph sends. When more are needed, a step is captured anew.
+
     Args:
         ring: over NCCL, for plans that run.
         cache: which every ring.attn() of a step is given; page_size divides 256.
         step: step(plan) does a step: queues work on the current stream, reads its inputs from
             tensors that are the same in every call, of which this rank has plan.num_tokens(rank)
-            rows, and returns tensors. By methods gather_q and pass_q, without windows.
+            rows, and returns tensors. Without windows; "auto" takes what is best for the first plan.
     """
 
     def __init__(self, ring: Ring, cache: KVCache, step):
@@ -74,9 +89,16 @@ class DecodeGraphs:
         check(ok, "plan", "one new token per sequence, as decode() plans", plan.lengths)
         shape = self._shapes.setdefault(self._key(plan), _Shape())
         shape.slots = self._cache.reserve(plan, shape.slots)
-        self._ring.programs.retarget(shape.programs, plan, self._cache)
-        with self._ring.programs.fixed(shape.programs):
-            if not shape.programs:
+        programs, fixed = self._ring.programs, shape.fixed
+        if not fixed.programs or shape.moves_kv:
+            pages = self._cache.most_pages(plan)
+            if pages > fixed.wire_pages:
+                programs.release(fixed.programs)
+                shape.begin(pages)
+                fixed = shape.fixed
+        programs.retarget(fixed.programs, plan, self._cache)
+        with programs.fixed(fixed):
+            if not fixed.programs:
                 return self._step(plan)
             if shape.replay is None:
                 shape.result, shape.replay = self.capture(lambda: self._step(plan))
@@ -103,6 +125,8 @@ class DecodeGraphs:
 
     def clear(self) -> None:
         """Forget all graphs: a communicator does not end while one has its exchanges."""
+        for shape in self._shapes.values():
+            self._ring.programs.release(shape.fixed.programs)
         self._shapes.clear()
         self._memory = self._stream = None
 

@@ -10,7 +10,7 @@ import torch
 from ringkern import env, tile_table
 from ringkern.backend import pick_backend
 from ringkern.capture import captures
-from ringkern.decode_table import Rows, make_decode_table
+from ringkern.decode_table import Rows, make_decode_table, make_room
 from ringkern.errors import UnsupportedError
 from ringkern.kernels import reference, step_torch
 from ringkern.types import Problem
@@ -73,7 +73,6 @@ def prepare(
     rows: int,
     page_size: int | None = None,
     phase: str = "middle",
-    room: int | None = None,
 ):
     """Return the work of some spans, as step() takes it: once for all layers.
 
@@ -85,27 +84,14 @@ def prepare(
         phase: "middle" adds to a state. "first": the state has seen no key yet, need not hold
             anything, and all of it is written. Of triton: "last", after which comes nothing, and
             out is written in q's dtype; "only", both at once.
-        room: pages of the cache, for work that refill() can give other spans, as CUDA graphs need
-            it: decode by the Triton kernels, one query per sequence. None: for these spans only.
-
-    Raises:
-        UnsupportedError: room was asked for, and this is not such work.
     """
-    if room:
-        fits = backend == "triton" and page_size
-        table = make_decode_table(spans, rows, page_size, each_row=True) if fits else None
-        if table is None:
-            raise UnsupportedError(
-                "attention in a graph: want Triton's kernels and whole pages of keys for each row, "
-                f"got backend {backend!r}, page_size {page_size}, {rows} rows."
-            )
-        return _prepare_decode(table, problem, device, phase, room)
     if backend == "torch":
         return _Spans(spans.tolist(), phase)
     if page_size and problem.batch == 1:
         table = make_decode_table(spans, rows, page_size)
         if table:
-            return _prepare_decode(table, problem, device, phase)
+            found = np.count_nonzero(table.seqused_k), int(table.seqused_k.max())
+            return _prepare_decode(table, problem, device, phase, *found)
     from ringkern.kernels import cut, target
 
     heads = problem.nheads, problem.nheads_k, problem.headdim, problem.headdim_v
@@ -120,25 +106,33 @@ def prepare(
     return _Tiles(cut.make_table(table, how, device, upload), phase)
 
 
-def _prepare_decode(table, problem, device, phase, room: int | None = None) -> _Decode:
+def prepare_room(
+    problem: Problem, device: torch.device, *, rows: int, pages: int, page_size: int, phase: str
+):
+    """Return work for step() that refill() gives its pages, as CUDA graphs need it.
+
+    By the Triton kernels: one query per sequence, each of which sees all keys in up to so many
+    pages. Phases as in prepare().
+    """
+    longest = pages * page_size
+    table = make_room(rows, pages, page_size)
+    return _prepare_decode(table, problem, device, phase, rows, longest)
+
+
+def _prepare_decode(table, problem, device, phase, sequences, longest) -> _Decode:
     from ringkern.kernels.decode import choose_splits
 
-    sequences, longest = np.count_nonzero(table.seqused_k), int(table.seqused_k.max(initial=0))
-    page_table, queries = table.page_table, np.diff(table.cu_seqlens_q)
-    if room:  # for the longest that can come
-        sequences, longest = len(queries), room * table.page_size
-        page_table = np.zeros((len(queries), room), dtype=np.int32)
-        page_table[:, : table.page_table.shape[1]] = table.page_table
     num_sms = _num_sms(device)
     splits = env.num_splits() or choose_splits(sequences, problem.nheads_k, longest, num_sms)
-    arrays = page_table, table.seqused_k, table.cu_seqlens_q
+    arrays = table.page_table, table.seqused_k, table.cu_seqlens_q
     tables = tuple(upload(x, device) for x in arrays)
-    options = dict(page_size=table.page_size, num_splits=splits, max_seqlen_q=int(queries.max()))
+    queries = int(np.diff(table.cu_seqlens_q).max(initial=1))
+    options = dict(page_size=table.page_size, num_splits=splits, max_seqlen_q=queries)
     return _Decode(tables, options, phase)
 
 
 def refill(work: _Decode, rows: Rows) -> None:
-    """Give work that prepare() made with room other pages of as many rows, in place."""
+    """Give work that prepare_room() made other pages of as many rows, in place."""
     page_table, seqused_k, _ = work.tables
     upload(rows.page_table, page_table.device, page_table[:, : rows.page_table.shape[1]])
     upload(rows.seqused_k, seqused_k.device, seqused_k)

@@ -8,9 +8,9 @@ import torch
 
 from ringkern import local
 from ringkern.blocks import Blocks, Pool
-from ringkern.decode_table import Rows
 from ringkern.plan import Plan
 from ringkern.types import FIRST_HALF, SECOND_HALF, WHOLE, Move, Problem, Step, Work
+from ringkern.upload import upload
 
 # Of a step, by whether a state begins with it, and whether it ends.
 PHASES = {(True, False): "first", (False, False): "middle", (False, True): "last"}
@@ -25,7 +25,8 @@ class _Work(NamedTuple):
     state: tuple[torch.Tensor, torch.Tensor] | None  # of this rank's queries
     sinks: bool  # whether the state starts here, from the sinks
     task: object  # as local.prepare() returns it
-    q_rank: int  # and half: as in types.Work
+    q_rank: int  # and the others: as in types.Work
+    kv_rank: int
     half: int
 
 
@@ -44,12 +45,25 @@ class _Ready(NamedTuple):
     planned: int  # bytes that the plan says are sent
 
 
+class Room(NamedTuple):
+    """What a program has place for that retarget() can give other plans, in pages of the cache."""
+
+    pages: int  # of a rank's cache
+    wire_pages: int  # of a rank's keys of all sequences of a plan, where they travel
+
+
 class Program:
     """One rank's steps with their buffers, which are the pool's: one program runs at a time.
 
     The buffers that a later program takes are the same, so two programs share them.
 
-    room: pages of the cache, for a program that retarget() can give other plans; else None.
+    Args:
+        room: for a program that retarget() gives its plans, the first one too; None: for this one.
+
+    Attributes:
+        sends_q: whether this rank's queries travel.
+        kv_room: where this rank's K and V travel, to be filled before each run; None: they stay.
+        kv_slots: of the cache, which a program with room has there; None: the plan's.
     """
 
     def __init__(
@@ -64,7 +78,7 @@ class Program:
         pool: Pool,
         backend: str,
         page_size: int | None,
-        room: int | None = None,
+        room: Room | None = None,
     ):
         self._plan, self._problem, self._rank = plan, problem, rank
         self._device, self._backend = device, backend
@@ -82,13 +96,15 @@ class Program:
         self._writes_result &= isinstance(self._last, Work)
         sent = {(move.kind, move.rank) for step in schedule for move in step.sends}
         self.sends_q = ("q", rank) in sent
-        # Room for this rank's K and V on the wire, to be filled before each run; None: they stay.
-        self.kv_room = None
-        blocks = Blocks(pool, plan, problem, dtype, device, partial_dtype)
+        self.kv_room = self.kv_slots = None
+        kv_room = room.wire_pages * page_size if room else None
+        blocks = Blocks(pool, plan, problem, dtype, device, partial_dtype, kv_room)
         with torch.inference_mode(False):  # its views are written inside that mode and outside
             if ("kv", rank) in sent:
                 blocks.take("kv", rank, plan.kv_tokens(rank))
                 self.kv_room = blocks.kv(rank)
+                if room:
+                    self.kv_slots = torch.empty(kv_room, dtype=torch.int64, device=device)
             # The running out; None where the call's own result is that, or nothing runs on.
             self._out = blocks.make_out(rank)
             self._steps = [self._make_ready(step, blocks) for step in schedule]
@@ -136,48 +152,55 @@ class Program:
         mine, stays = work.q_rank == self._rank, work.kv_rank == self._rank
         begins = work is self._first or not mine
         ends = work is self._last and self._writes_result
-        where = self._problem, self._device, self._backend
-        rows = self._plan.num_tokens(work.q_rank)
-        page_size = self._page_size if stays else None
         return _Work(
             None if mine else blocks.q(work.q_rank),
             None if stays else blocks.kv(work.kv_rank),
             None if mine else blocks.make_part(work.q_rank),
             mine and begins,
-            local.prepare(
-                work.spans,
-                *where,
-                rows=rows,
-                page_size=page_size,
-                phase=PHASES[begins, ends],
-                room=self._room,
-            ),
+            self._prepare(work, stays, PHASES[begins, ends]),
             work.q_rank,
+            work.kv_rank,
             work.half,
         )
 
-    def retarget(self, plan: Plan, held: Rows) -> None:
-        """Compute another plan from now on, where the program was made with room, in place.
+    def _prepare(self, work, stays, phase):
+        where = self._problem, self._device
+        sizes = dict(rows=self._plan.num_tokens(work.q_rank), phase=phase)
+        if self._room:
+            pages = self._room.pages if stays else self._room.wire_pages
+            return local.prepare_room(*where, **sizes, pages=pages, page_size=self._page_size)
+        page_size = self._page_size if stays else None
+        return local.prepare(work.spans, *where, self._backend, **sizes, page_size=page_size)
+
+    def retarget(self, plan: Plan, held) -> None:
+        """Compute a plan from now on, where the program was made with room, in place.
 
         Args:
             plan: of one token per sequence, in which every rank has as many of them, and sees the
                 same ranks.
-            held: the pages of the plan's sequences on this rank. New tokens see all that is in them.
+            held: held(rank) -> decode_table.Rows, the pages of the plan's sequences on a rank. New
+                tokens see all that is in them.
         """
+        size = self._page_size
 
         @functools.cache
-        def whole(q_rank):
-            return held.take(np.flatnonzero(plan.all_counts()[:, q_rank]))
+        def whole(q_rank, kv_rank):
+            rows = held(kv_rank) if kv_rank == self._rank else held(kv_rank).pack(size)
+            return rows.take(np.flatnonzero(plan.all_counts()[:, q_rank]))
 
         @functools.cache
-        def halves(q_rank):
-            return dict(
-                zip((FIRST_HALF, SECOND_HALF), whole(q_rank).halve(self._page_size), strict=True)
-            )
+        def parts(q_rank, kv_rank):
+            rows = whole(q_rank, kv_rank)
+            return dict(zip((FIRST_HALF, SECOND_HALF), rows.halve(size), strict=True))
 
         for work in (work for step in self._steps for work in step.works):
-            q_rank, half = work.q_rank, work.half
-            local.refill(work.task, whole(q_rank) if half == WHOLE else halves(q_rank)[half])
+            pair = work.q_rank, work.kv_rank
+            local.refill(work.task, whole(*pair) if work.half == WHOLE else parts(*pair)[work.half])
+        if self.kv_slots is not None:
+            slots = np.full(len(self.kv_slots), -1, dtype=np.int64)
+            mine = held(self._rank).slots(size)
+            slots[: len(mine)] = mine
+            upload(slots, self._device, self.kv_slots)
 
     def run(self, link, stats, q, own_kv, sinks=None):
         """Return (out, lse) of this rank's queries against the keys of every rank.

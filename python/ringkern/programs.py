@@ -1,6 +1,8 @@
 """The programs of a ring: each made once, for all layers of a plan, or for all plans of a shape."""
 
 import contextlib
+import functools
+from typing import NamedTuple
 
 import torch
 
@@ -8,9 +10,18 @@ from ringkern.blocks import Pool
 from ringkern.capture import captures
 from ringkern.errors import UnsupportedError, check
 from ringkern.plan import Plan
-from ringkern.program import Program
+from ringkern.program import Program, Room
 from ringkern.schedule import make_schedule
 from ringkern.tiles import CUT_ROWS
+from ringkern.types import Problem
+
+
+class Fixed(NamedTuple):
+    """The programs of a graph, for any plan of a shape, by what find() finds them by."""
+
+    programs: dict[tuple, Program]
+    methods: dict[Problem, str]  # that "auto" takes, whatever the plan is
+    wire_pages: int  # that the sequences of a plan have on a rank at most, where K and V travel
 
 
 class Programs:
@@ -28,15 +39,19 @@ class Programs:
         self._pool = Pool()
         self._latest: dict[tuple, Program] = {}  # of the latest plan
         self._plan: Plan | None = None  # which that is
-        self._fixed: dict[tuple, Program] | None = None
+        self._fixed: Fixed | None = None
         self._captured: list[Program] = []  # graphs use their buffers
+
+    def pin(self, problem: Problem, method: str) -> str:
+        """Return the method of calls that leave it to the ring, which takes `method` for this one."""
+        return method if self._fixed is None else self._fixed.methods.setdefault(problem, method)
 
     def find(self, plan, method, problem, cache, dtype, partial_dtype) -> Program:
         """Return the program of such a call: the one of the layer before, or a new one."""
         if plan is not self._plan:  # those of earlier plans will hardly run again
             self._latest.clear()
             self._plan = plan
-        programs = self._latest if self._fixed is None else self._fixed
+        programs = self._latest if self._fixed is None else self._fixed.programs
         key = method, problem, getattr(cache, "number", None), partial_dtype
         program = programs.get(key)
         captured = captures(self._device)
@@ -50,15 +65,19 @@ class Programs:
         return program
 
     def _make(self, plan, method, problem, cache, dtype, partial_dtype):
-        fixed = self._fixed is not None
-        if fixed:
-            _check_fixed(method, problem, cache, self._backend(problem))
-        schedule = self._schedule(plan, method, problem, cache, fixed)
+        fixed, backend = self._fixed, self._backend(problem)
+        if fixed is not None:
+            _check_fixed(problem, cache, backend)
+        schedule = self._schedule(plan, method, problem, cache, fixed is not None)
         sizes = plan, problem, self._rank, dtype, self._device, partial_dtype
+        if fixed is None:
+            page_size = getattr(cache, "page_size", None)
+            return Program(schedule, *sizes, self._pool, backend, page_size)
+        room = Room(cache.num_pages, fixed.wire_pages)
         # What a graph uses is nobody else's: a program of another plan may run between its runs.
-        pool = Pool() if fixed else self._pool
-        pages = getattr(cache, "page_size", None), cache.num_pages if fixed else None
-        return Program(schedule, *sizes, pool, self._backend(problem), *pages)
+        program = Program(schedule, *sizes, Pool(), backend, cache.page_size, room)
+        self.retarget({None: program}, plan, cache)
+        return program
 
     def _schedule(self, plan, method, problem, cache, fixed=False):
         mask = problem.causal, problem.window_size
@@ -72,9 +91,9 @@ class Programs:
     # ---- for graphs
 
     @contextlib.contextmanager
-    def fixed(self, programs: dict[tuple, Program]):
-        """Have calls find and leave their programs in `programs`, made for any plan of a shape."""
-        self._fixed = programs
+    def fixed(self, fixed: Fixed):
+        """Have calls find and leave their programs there, made for any plan of a shape."""
+        self._fixed = fixed
         try:
             yield
         finally:
@@ -82,9 +101,14 @@ class Programs:
 
     def retarget(self, programs: dict[tuple, Program], plan: Plan, cache) -> None:
         """Let fixed programs compute another plan of their shape, in place."""
-        held = cache.held(plan) if programs else None
+        held = functools.cache(functools.partial(cache.held, plan))
         for program in programs.values():
             program.retarget(plan, held)
+
+    def release(self, programs: dict[tuple, Program]) -> None:
+        """Forget what a graph used that will not run again."""
+        gone = list(programs.values())
+        self._captured = [program for program in self._captured if program not in gone]
 
     def clear(self) -> None:
         """Forget the programs and their buffers, but for what graphs use."""
@@ -93,12 +117,11 @@ class Programs:
         self._pool.clear()
 
 
-def _check_fixed(method, problem, cache, backend: str) -> None:
+def _check_fixed(problem, cache, backend: str) -> None:
     """Raise unless a graph can run such a call with other lengths; alike on every rank."""
     check(cache is not None, "cache", "one, in a step of DecodeGraphs", "None")
     size = cache.page_size
     for name, ok, want, got in (
-        ("method", method in ("gather_q", "pass_q"), "gather_q or pass_q", method),
         ("window_size", problem.window_size == (-1, -1), "no window", problem.window_size),
         ("page_size", CUT_ROWS % size == 0, f"a page_size that divides {CUT_ROWS}", size),
         ("backend", backend == "triton", "Triton's kernels", backend),

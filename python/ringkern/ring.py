@@ -188,12 +188,12 @@ class Ring(Collectives):
     ):
         """Return (out, lse) for checked arguments, dense: [batch, n_local, heads, headdim]."""
         if method == "auto":
-            method = self._choose(plan, problem).method
+            method = self.programs.pin(problem, self._choose(plan, problem).method)
         self._stats.begin(method)
         own_kv = cache.write(plan, layer, k, v) if cache else (k, v)
         program = self.programs.find(plan, method, problem, cache, q.dtype, partial_dtype)
         if program.kv_room:
-            self._load(program.kv_room, plan, k, v, cache, layer)
+            self._load(program, plan, k, v, cache, layer)
         if program.sends_q:
             q = q.contiguous()
         try:
@@ -341,9 +341,10 @@ class Ring(Collectives):
 
     # ---- messages
 
-    def _load(self, wire, plan, k, v, cache, layer):
+    def _load(self, program, plan, k, v, cache, layer):
         """Fill the wire with this rank's K and V, cached ones first."""
         if cache:
-            return cache.gather(plan, layer, *wire)
-        for room, x in zip(wire, (k, v), strict=True):
+            slots = cache.slots(plan) if program.kv_slots is None else program.kv_slots
+            return cache.gather(layer, slots, *program.kv_room)
+        for room, x in zip(program.kv_room, (k, v), strict=True):
             room.copy_(x)
