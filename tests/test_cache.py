@@ -25,7 +25,7 @@ def test_pages_hold_what_was_written(page_size, changes):
     table, memory, want, stamp = PageTable(200, page_size), {}, {}, 0
     for what, number, *args in changes:
         if what == "append":
-            need = table.pages_for(number, args[0])
+            need = table.pages_for([(number, args[0])])
             free = table.num_free
             start = len(want.setdefault(number, []))
             for source, target in table.append(number, args[0]):
@@ -52,6 +52,24 @@ def test_pages_hold_what_was_written(page_size, changes):
     for number in list(want):
         table.free(number)
     assert table.num_free == 200
+
+
+@given(st.integers(1, 5), CHANGES, st.dictionaries(st.integers(0, 7), st.integers(1, 6)))
+def test_pages_for_many_is_what_appending_takes(page_size, changes, new):
+    """Where all that share a page write, the last of them keeps it."""
+    table, known = PageTable(400, page_size), set()
+    for what, number, *args in changes:
+        if what == "append":
+            table.append(number, args[0])
+            known.add(number)
+        elif what == "fork" and args[0] not in known:
+            table.fork(number, args[0])
+            known.add(args[0])
+    need, free = table.pages_for(list(new.items())), table.num_free
+    for number, tokens in new.items():
+        copies = table.must_copy(number)
+        assert bool(table.append(number, tokens)) == copies
+    assert free - table.num_free == need
 
 
 def make_cache(ring, placement, **changes):
@@ -91,9 +109,26 @@ def test_out_of_pages_changes_nothing_and_can_be_retried(world_size):
     run_threads(run_out_and_retry, world_size)
 
 
+def state(ring, placement, cache):
+    """Return what a refused call must leave as it is."""
+    held = {name: list(record.held) for name, record in placement._records.items()}
+    books = [{n: (x.pages[:], x.tokens) for n, x in table._held.items()} for table in cache._tables]
+    counts = {name: count for name, count in ring.stats().items() if name != "methods"}
+    return held, placement._keys.tolist(), books, cache.stats(), counts, cache._k.sum().item()
+
+
+def check_refusals(ring, placement, cache, cases):
+    for call, match in cases:
+        before = state(ring, placement, cache)
+        with pytest.raises(ringkern.ArgumentError, match=match):
+            call()
+        assert state(ring, placement, cache) == before, match
+
+
 def refuse(ring):
     placement, other = (ringkern.Placement(ring.world_size) for _ in range(2))
     cache = make_cache(ring, placement)
+    cache._k.zero_()
     plan = placement.prefill({"a": 7})
     foreign = other.prefill({"a": 7})
     one = torch.ones(plan.num_tokens(ring.rank), 1, 8)
@@ -106,10 +141,11 @@ def refuse(ring):
         (lambda: ring.attn(*[one[..., :4].contiguous()] * 3, plan, cache=cache), "headdim: want 8"),
         (lambda: attend(ring, plan, cache, method="x"), "method: want auto or one of"),
         (lambda: attend(ring, plan, cache, partial_dtype=torch.int8), "partial_dtype: want"),
+        (lambda: ring.attn(*[one.expand(-1, 2, 8)] * 3, plan, cache=cache), "nheads_k: want 1"),
+        (lambda: ring.attn(one, one, one[..., :4], plan, cache=cache), "headdim_v: want 8"),
+        (lambda: ring.attn(*[one[1:]] * 3, plan, cache=cache), "q: want . rows"),
     ]
-    for call, match in cases:
-        with pytest.raises(ringkern.ArgumentError, match=match):
-            call()
+    check_refusals(ring, placement, cache, cases)
     attend(ring, plan, cache, 0)
     later = placement.decode(["a"])
     latest = placement.decode(["a"])
@@ -119,19 +155,19 @@ def refuse(ring):
         (lambda: attend(ring, later, cache, 1), "layer: want one in which plan 1 has run"),
         (lambda: attend(ring, later, None), "cache: want one, as the plan is on top of cached"),
     ]
-    for call, match in cases:
-        with pytest.raises(ringkern.ArgumentError, match=match):
-            call()
+    check_refusals(ring, placement, cache, cases)
     attend(ring, plan, cache, 1)
     attend(ring, later, cache, 0)
     placement.truncate("a", 8)
-    with pytest.raises(ringkern.ArgumentError, match="'a' changed since by truncate, fork or free"):
-        attend(ring, latest, cache, 0)
+    cases = [
+        (lambda: attend(ring, latest, cache, 0), "'a' changed since by truncate, fork or free")
+    ]
+    check_refusals(ring, placement, cache, cases)
     placement.free("a")
     gone = placement.prefill({"b": 1})
     placement.free("b")
-    with pytest.raises(ringkern.ArgumentError, match="'b' changed since"):
-        attend(ring, gone, cache, 0)
+    cases = [(lambda: attend(ring, gone, cache, 0), "'b' changed since")]
+    check_refusals(ring, placement, cache, cases)
     assert cache.stats()["pages_used"] == 0
 
 
@@ -176,3 +212,83 @@ def test_a_cache_needs_a_placement_of_the_ring_s_size():
             make_cache(ring, {})
         with pytest.raises(ringkern.ArgumentError, match="placement: want world_size 1"):
             make_cache(ring, ringkern.Placement(2))
+
+
+def change_between_layers(ring):
+    """What a plan wrote in one layer is gone before it comes to the next."""
+    placement = ringkern.Placement(ring.world_size)
+    cache = make_cache(ring, placement, num_pages=40)
+    cache._k.zero_()
+    for change in (lambda: placement.free("a"), lambda: placement.truncate("a", 4)):
+        plan = placement.prefill({"a": 7, "b": 3})
+        attend(ring, plan, cache, 0)
+        change()
+        other = placement.prefill({"c": 9})  # takes the pages
+        attend(ring, other, cache, 0)
+        attend(ring, other, cache, 1)
+        cases = [(lambda plan=plan: attend(ring, plan, cache, 1), "were truncated or freed since")]
+        check_refusals(ring, placement, cache, cases)
+        for name in set("abc") & set(placement._records):
+            placement.free(name)
+    # A plan that was begun is taken back, and planned again.
+    attend(ring, placement.prefill({"a": 7}), cache, 0)
+    placement.truncate("a", 4)
+    stuck = placement.decode(["a"])
+    attend(ring, stuck, cache, 0)
+    cases = [(lambda: attend(ring, stuck, cache, 1), "layer: want.*Truncate all of that plan")]
+    check_refusals(ring, placement, cache, cases)
+    placement.truncate("a", 0)
+    again = placement.prefill({"a": 7})
+    attend(ring, again, cache, 0)
+    attend(ring, again, cache, 1)
+
+
+def test_a_plan_whose_tokens_are_gone_runs_in_no_further_layer():
+    run_threads(change_between_layers, 3)
+
+
+def skip_layers(ring):
+    """Plans of other sequences do not stand in for one that skipped a layer."""
+    placement = ringkern.Placement(ring.world_size)
+    cache = make_cache(ring, placement, num_pages=40)
+    cache._k.zero_()
+    first = placement.prefill({"a": 7})
+    attend(ring, first, cache, 0)
+    second = placement.prefill({"b": 5})
+    for layer in range(2):
+        attend(ring, second, cache, layer)
+    later = placement.decode(["a", "b"])
+    attend(ring, later, cache, 0)
+    last = placement.decode(["b"])
+    attend(ring, last, cache, 0)
+    cases = [
+        (
+            lambda: attend(ring, later, cache, 1),
+            f"layer: want one in which plan {first.serial} has",
+        ),
+        (lambda: attend(ring, last, cache, 1), f"layer: want one in which plan {later.serial} has"),
+    ]
+    check_refusals(ring, placement, cache, cases)
+    # A copy of a page would miss what is not written yet.
+    placement.fork("b", "fork")
+    forked = placement.decode(["fork", "b"])
+    cases = [(lambda: attend(ring, forked, cache, 0), f"Run plan {last.serial} in every layer")]
+    check_refusals(ring, placement, cache, cases)
+    for plan in (first, later, last):
+        attend(ring, plan, cache, 1)
+    # Full pages are not copied, and a fork needs its layers all the same.
+    full = placement.prefill({"full": 4 * ring.world_size})
+    attend(ring, full, cache, 0)
+    placement.fork("full", "more")
+    more = placement.decode(["more"])
+    attend(ring, more, cache, 0)
+    cases = [
+        (lambda: attend(ring, more, cache, 1), f"layer: want one in which plan {full.serial} ")
+    ]
+    check_refusals(ring, placement, cache, cases)
+    for layer in range(2):
+        attend(ring, forked, cache, layer)
+
+
+def test_every_plan_runs_in_every_layer():
+    run_threads(skip_layers, 3)

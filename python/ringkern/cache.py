@@ -13,22 +13,10 @@ from ringkern.pages import PageTable
 from ringkern.placement import Placement
 from ringkern.plan import Plan
 from ringkern.problem import DTYPES
+from ringkern.reservation import Reservation, Unfinished, check_parents
 from ringkern.upload import upload
 
 _numbers = itertools.count()
-
-
-class _Reservation:
-    """Where one plan's tokens lie on this rank: made once, used by every layer."""
-
-    def __init__(self, before):
-        self.new_slots = None  # int64 tensor: of the new tokens, in local packed order
-        self.runs = None  # [n, 5], columns as in types.Run, with slots as offsets
-        self.slots = None  # int64 array: of all, in the order of plan.kv_runs()
-        self.all_slots = None  # the same as a tensor, once a layer gathers them
-        self.before = before  # serial of the latest earlier plan of any of these sequences
-        self.layers = set()  # that have run
-        self.fits = set()  # problems that were checked
 
 
 class KVCache:
@@ -103,8 +91,7 @@ class KVCache:
         # The books of all ranks: so every rank knows, without asking, when one runs out.
         self._tables = [PageTable(num_pages, page_size) for _ in range(ring.world_size)]
         self._lengths: dict[int, int] = {}  # sequence number -> tokens, on all ranks together
-        self._serials: dict[int, int] = {}  # sequence number -> the latest plan that wrote
-        self._ran = [0] * num_layers  # serial of the latest plan of each layer
+        self._unfinished = Unfinished()
         placement.watch(self)
 
     # ---- one call
@@ -120,20 +107,9 @@ class KVCache:
             check(False, "layer", f"0 to {self.num_layers - 1}", repr(layer))
         if reservation is None:
             self._check_new(plan, self._new(plan))
-            before = max((self._serials.get(number, 0) for number in plan.numbers), default=0)
+            check_parents(self._unfinished.parents(plan.numbers), layer)
         else:
-            if layer in reservation.layers:
-                got = f"plan {plan.serial} for layer {layer} again"
-                check(False, "plan", "one that has not run", got)
-            before = reservation.before
-        if self._ran[layer] < before:
-            check(
-                False,
-                "layer",
-                f"one in which plan {before} has run",
-                f"{layer}, where plan {self._ran[layer]} was the latest",
-                "Run every plan in every layer.",
-            )
+            reservation.check_layer(layer)
 
     def _check_fit(self, ring, plan, problem) -> None:
         check(ring is self.ring, "cache", "one that was made for this ring", "another's")
@@ -153,8 +129,7 @@ class KVCache:
         Returns this layer's whole K and V by slot, [1, slots, nheads_k, headdim(_v)].
         """
         reservation = self._reservation(plan) or self._reserve(plan)
-        reservation.layers.add(layer)
-        self._ran[layer] = max(self._ran[layer], plan.serial)
+        reservation.ran((layer,), self.num_layers)
         self.store(layer, reservation.new_slots, k, v)
         return self._k[layer], self._v[layer]
 
@@ -185,8 +160,7 @@ class KVCache:
 
     def ran(self, plan: Plan) -> None:
         """Note that a graph has run a plan, for which reserve() made room, in every layer."""
-        self._reservation(plan).layers |= set(range(self.num_layers))
-        self._ran = [max(serial, plan.serial) for serial in self._ran]
+        self._reservation(plan).ran(range(self.num_layers), self.num_layers)
 
     def runs(self, plan: Plan) -> np.ndarray:
         """Return where K and V of the plan's sequences lie on this rank.
@@ -259,23 +233,24 @@ class KVCache:
             for table, chunks in zip(self._tables, held, strict=True):
                 table.truncate(number, sum(chunk.length for chunk in chunks))
             self._lengths[number] = sum(table.held(number).tokens for table in self._tables)
+            self._unfinished.cut(number, self._lengths[number])
 
     def forked(self, number: int, new: int) -> None:
         if number in self._lengths:
             self._lengths[new] = self._lengths[number]
-            self._serials[new] = self._serials[number]
+            self._unfinished.fork(number, new)
             for table in self._tables:
                 table.fork(number, new)
 
     def freed(self, number: int) -> None:
         self._lengths.pop(number, None)
-        self._serials.pop(number, None)
+        self._unfinished.cut(number, 0)
         for table in self._tables:
             table.free(number)
 
     # ---- reserving
 
-    def _reservation(self, plan: Plan) -> _Reservation | None:
+    def _reservation(self, plan: Plan) -> Reservation | None:
         return plan.memo.get(("cache", self.number))
 
     def _check_new(self, plan: Plan, counts) -> None:
@@ -292,15 +267,20 @@ class KVCache:
                 check(False, "plan", want, f"one on top of {start}", hint)
         for rank, (table, new) in enumerate(zip(self._tables, counts, strict=True)):
             most = sum(-(-count // self.page_size) + 1 for _, count in new)  # with a copy for each
-            if most <= table.num_free:
-                continue
-            need = sum(table.pages_for(number, count) for number, count in new)
-            if need > table.num_free:
+            if most > table.num_free and (need := table.pages_for(new)) > table.num_free:
                 raise ArgumentError(
                     f"num_pages: want {need} free pages on rank {rank} for this plan, got "
                     f"{table.num_free} of {table.num_pages}. Nothing was written or sent: free a "
                     "sequence and call again, or make the cache with more pages."
                 )
+
+            for number, _ in new:
+                # A copy of a page has what its layers had: those to come would write the other one.
+                before = self._unfinished.latest(number)
+                if before and table.must_copy(number):
+                    want = "one on top of plans that have run in every layer, after a fork"
+                    hint = f"Run plan {before.serial} in every layer before its sequence goes on."
+                    check(False, "plan", want, f"plan {plan.serial}", hint)
 
     def _new(self, plan: Plan) -> list[list[tuple[int, int]]]:
         """Return for each rank which sequences get new tokens there, and how many."""
@@ -313,7 +293,7 @@ class KVCache:
             new[rank].append((plan.numbers[row], count))
         return new
 
-    def _reserve(self, plan: Plan) -> _Reservation:
+    def _reserve(self, plan: Plan) -> Reservation:
         reservation = self._append(plan, self._new(plan))
         self._lay_out(plan, reservation)
         # The last tokens of each sequence here are the new ones.
@@ -322,9 +302,11 @@ class KVCache:
         reservation.new_slots = upload(reservation.slots[new], self.ring.device)
         return reservation
 
-    def _append(self, plan: Plan, counts) -> _Reservation:
+    def _append(self, plan: Plan, counts) -> Reservation:
         """Enter the plan into the books; counts as _new() returns them."""
-        before = max((self._serials.get(number, 0) for number in plan.numbers), default=0)
+        reservation = plan.memo["cache", self.number] = Reservation(
+            plan, self._unfinished.parents(plan.numbers)
+        )
         for rank, (table, new) in enumerate(zip(self._tables, counts, strict=True)):
             for number, count in new:
                 copies = table.append(number, count)
@@ -334,11 +316,10 @@ class KVCache:
             plan.numbers, plan.starts.tolist(), plan.lengths, strict=True
         ):
             self._lengths[number] = start + length
-            self._serials[number] = plan.serial
-        reservation = plan.memo["cache", self.number] = _Reservation(before)
+            self._unfinished.enter(number, start, start + length, reservation)
         return reservation
 
-    def _lay_out(self, plan: Plan, reservation: _Reservation) -> None:
+    def _lay_out(self, plan: Plan, reservation: Reservation) -> None:
         runs = self._slot_runs(plan)
         before_run = np.cumsum(runs[:, 3]) - runs[:, 3]
         slots = np.repeat(runs[:, 1] - before_run, runs[:, 3]) + np.arange(runs[:, 3].sum())

@@ -1,6 +1,7 @@
 """Which pages hold which tokens of one rank. Host only; every rank keeps the books of all ranks."""
 
 from array import array
+from collections import Counter
 from dataclasses import dataclass, field
 
 
@@ -30,11 +31,20 @@ class PageTable:
         """Return what the sequence holds here; nothing for one that is not known."""
         return self._held.get(number) or Held()
 
-    def pages_for(self, number: int, tokens: int) -> int:
-        """Return how many free pages it takes to append so many tokens."""
-        held = self.held(number)
-        pages = -(-(held.tokens + tokens) // self.page_size) - len(held.pages)
-        return pages + (tokens > 0 and self._must_copy(held))
+    def pages_for(self, new: list[tuple[int, int]]) -> int:
+        """Return how many free pages it takes to append to sequences: (number, tokens above 0)."""
+        pages, writers = 0, Counter()
+        for number, tokens in new:
+            held = self.held(number)
+            pages += -(-(held.tokens + tokens) // self.page_size) - len(held.pages)
+            if self._must_copy(held):
+                writers[held.pages[-1]] += 1
+        # Where all that share a page write, the last of them keeps it.
+        return pages + sum(min(n, self._users[page] - 1) for page, n in writers.items())
+
+    def must_copy(self, number: int) -> bool:
+        """Return whether the sequence's last page will be copied by the next append."""
+        return self._must_copy(self.held(number))
 
     def append(self, number: int, tokens: int) -> list[tuple[int, int]]:
         """Make room for so many tokens; there must be. Return the (from, to) pages to copy."""
