@@ -147,6 +147,54 @@ def test_ranks_choose_alike():
     assert choices[0].reason.startswith(choices[0].method)
 
 
+def test_smaller_parts_are_predicted_as_such():
+    def pick(ring):
+        plan = ringkern.Placement(ring.world_size).prefill({"a": 500})
+        shape = dict(nheads=4, nheads_k=2, headdim=64, dtype=torch.bfloat16)
+        full = ring.choose(plan, **shape).predicted_us
+        half = ring.choose(plan, **shape, partial_dtype=torch.bfloat16).predicted_us
+        asked, given = [], ring._choose
+        ring._choose = lambda plan, problem, dtype: (
+            asked.append(dtype) or given(plan, problem, dtype)
+        )
+        x = torch.zeros(plan.num_tokens(ring.rank), 4, 64, dtype=torch.bfloat16)
+        ring.attn(x, x[:, :2], x[:, :2], plan, partial_dtype=torch.bfloat16)
+        return full, half, asked
+
+    full, half, asked = run_threads(pick, 3)[0]
+    for method in ("pass_kv", "gather_kv"):
+        assert half[method] == full[method]
+    for method in ("pass_q", "gather_q"):
+        assert half[method] < full[method]
+    assert asked == [torch.bfloat16]
+
+
+def refuse_to_choose(ring):
+    plan = ringkern.Placement(ring.world_size).prefill({"a": 5})
+    shape = dict(nheads=4, nheads_k=2, headdim=64, dtype=torch.bfloat16)
+    sent = ring.stats()["transport"]["bytes_sent"]
+    for changes, match in (
+        (dict(nheads=0), "nheads: want an int of at least 1, got 0"),
+        (dict(nheads=3), "nheads: want a multiple of nheads_k = 2, got 3"),
+        (dict(headdim=True), "headdim: want an int"),
+        (dict(headdim_v=0), "headdim_v: want an int of at least 1, got 0"),
+        (dict(dtype=torch.int8), "dtype: want float16, bfloat16, float32, got int8"),
+        (dict(causal=1), "causal: want True or False"),
+        (dict(window_size=3), "window_size: want two ints"),
+        (dict(partial_dtype=torch.int8), "partial_dtype: want"),
+    ):
+        with pytest.raises(ringkern.ArgumentError, match=match):
+            ring.choose(plan, **shape | changes)
+    for other, match in ((None, "plan: want a Plan"), (ringkern.Plan(2, (5,)), "world_size 3")):
+        with pytest.raises(ringkern.ArgumentError, match=match):
+            ring.choose(other, **shape)
+    assert ring.stats()["transport"]["bytes_sent"] == sent
+
+
+def test_what_is_no_call_has_no_choice():
+    run_threads(refuse_to_choose, 3)
+
+
 def test_calibration_gives_every_rank_the_same():
     profiles = run_threads(lambda ring: calibrate.measure(ring, 0.1), 3)
     assert profiles[0] == profiles[1] == profiles[2]

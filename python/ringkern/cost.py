@@ -139,6 +139,7 @@ def predict_us(
     hardware: Hardware,
     methods: tuple[str, ...] = METHODS,
     order: tuple[int, ...] | None = None,
+    partial_itemsize: int = 4,
 ) -> dict[str, float]:
     """Return the time of one call by each method: the slowest rank of each step.
 
@@ -151,7 +152,7 @@ def predict_us(
         late = hardware.contention * exchange + np.minimum(hardware.step_us, attend)
         return float(np.maximum(exchange, attend + late).max(axis=1).sum())
 
-    steps = steps_us(plan, problem, hardware, methods, order=order)
+    steps = steps_us(plan, problem, hardware, methods, partial_itemsize, order)
     return {method: total(us) for method, us in steps.items()}
 
 
@@ -163,14 +164,19 @@ GATHER_GAIN = 0.02
 
 
 def choose(
-    plan: Plan, problem: Problem, hardware: Hardware, order: tuple[int, ...] | None = None
+    plan: Plan,
+    problem: Problem,
+    hardware: Hardware,
+    order: tuple[int, ...] | None = None,
+    partial_itemsize: int = 4,
 ) -> Choice:
     """Return the method with the least predicted time; a gather must be worth what it holds."""
     if plan.world_size == 1:
         return Choice("pass_kv", "one rank: nothing travels", dict.fromkeys(METHODS, 0.0))
-    predicted = predict_us(plan, problem, hardware, order=order)
+    predicted = predict_us(plan, problem, hardware, METHODS, order, partial_itemsize)
     kv_tokens = sum(plan.kv_tokens(rank) for rank in range(plan.world_size))
-    queries = sum(block_bytes(kind, plan.total, problem) for kind in ("q", "part"))
+    both = (block_bytes(kind, plan.total, problem, partial_itemsize) for kind in ("q", "part"))
+    queries = sum(both)
     held = {"gather_kv": block_bytes("kv", kv_tokens, problem), "gather_q": queries}
     gain = {m: GATHER_GAIN * (held.get(m, 0) // GATHER_BYTES).bit_length() for m in METHODS}
     best = min(METHODS, key=lambda method: predicted[method] * (1 + gain[method]))

@@ -25,13 +25,7 @@ def make_problem(
     _check_tensors(q, k, v, sinks, device)
     nheads, headdim = q.shape[-2:]
     nheads_k, headdim_v = v.shape[-2:]
-    check(isinstance(causal, bool), "causal", "True or False", repr(causal))
-    check(
-        _is_window(window_size),
-        "window_size",
-        "two ints (left, right), -1 for no bound",
-        repr(window_size),
-    )
+    _check_mask(causal, window_size)
     check(_is_finite(softcap) and softcap >= 0, "softcap", "0.0 (off) or more", repr(softcap))
     if softmax_scale is None:
         softmax_scale = headdim**-0.5
@@ -50,6 +44,32 @@ def make_problem(
         window_size=tuple(int(side) for side in window_size),
         softcap=float(softcap),
     )
+
+
+def make_asked(
+    nheads, nheads_k, headdim, headdim_v, *, dtype, causal=True, window_size=(-1, -1)
+) -> Problem:
+    """Check what is asked of a call that is not made, and return its Problem.
+
+    Raises:
+        ArgumentError: what was wanted, what was got and what to do.
+    """
+    sizes = dict(nheads=nheads, nheads_k=nheads_k, headdim=headdim, headdim_v=headdim_v)
+    for name, size in sizes.items():
+        ok = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+        check(ok, name, "an int of at least 1", repr(size))
+    check(nheads % nheads_k == 0, "nheads", f"a multiple of nheads_k = {nheads_k}", nheads)
+    name = str(dtype).removeprefix("torch.")
+    check(name in DTYPES, "dtype", ", ".join(DTYPES), name)
+    _check_mask(causal, window_size)
+    window_size = tuple(int(side) for side in window_size)
+    return Problem(1, *sizes.values(), name, causal, headdim**-0.5, window_size, 0.0)
+
+
+def _check_mask(causal, window_size):
+    check(isinstance(causal, bool), "causal", "True or False", repr(causal))
+    want = "two ints (left, right), -1 for no bound"
+    check(_is_window(window_size), "window_size", want, repr(window_size))
 
 
 def _check_tensors(q, k, v, sinks, device):

@@ -12,7 +12,7 @@ from ringkern.collectives import Collectives
 from ringkern.cost import Choice, choose
 from ringkern.errors import TransportError, UnsupportedError, check
 from ringkern.plan import Plan
-from ringkern.problem import check_dims, make_problem, signature
+from ringkern.problem import check_dims, make_asked, make_problem, signature
 from ringkern.programs import Programs
 from ringkern.schedule import check_method
 from ringkern.stats import Stats
@@ -188,7 +188,8 @@ class Ring(Collectives):
     ):
         """Return (out, lse) for checked arguments, dense: [batch, n_local, heads, headdim]."""
         if method == "auto":
-            method = self.programs.pin(problem, self._choose(plan, problem).method)
+            method = self._choose(plan, problem, partial_dtype).method
+            method = self.programs.pin(problem, method)
         self._stats.begin(method)
         own_kv = cache.write(plan, layer, k, v) if cache else (k, v)
         program = self.programs.find(plan, method, problem, cache, q.dtype, partial_dtype)
@@ -218,32 +219,29 @@ class Ring(Collectives):
         headdim_v: int | None = None,
         causal: bool = True,
         window_size: tuple[int, int] = (-1, -1),
+        partial_dtype: torch.dtype | None = None,
     ) -> Choice:
         """Return what method="auto" does for such a call: .method, .reason, .predicted_us.
 
         The same on every rank. Without a profile, the first choice of a ring measures it, for which
         every rank must call.
-        """
-        problem = Problem(
-            1,
-            nheads,
-            nheads_k,
-            headdim,
-            headdim_v or headdim,
-            str(dtype).removeprefix("torch."),
-            causal,
-            headdim**-0.5,
-            tuple(window_size),
-            0.0,
-        )
-        return self._choose(plan, problem)
 
-    def _choose(self, plan, problem):
-        key = "choice", problem
+        Raises:
+            ArgumentError: these are no arguments of a call on this ring; nothing was sent.
+        """
+        self._check_plan(plan)
+        heads = nheads, nheads_k, headdim, headdim if headdim_v is None else headdim_v
+        problem = make_asked(*heads, dtype=dtype, causal=causal, window_size=window_size)
+        check(partial_dtype in PART_DTYPES, "partial_dtype", PART_DTYPES, partial_dtype)
+        return self._choose(plan, problem, partial_dtype)
+
+    def _choose(self, plan, problem, partial_dtype):
+        itemsize = (partial_dtype or torch.float32).itemsize
+        key = "choice", problem, itemsize
         if key not in plan.memo:
             if self._hardware is None and self.world_size > 1:
                 self._hardware = calibrate.probe(self, problem)
-            plan.memo[key] = choose(plan, problem, self._hardware, self.order)
+            plan.memo[key] = choose(plan, problem, self._hardware, self.order, itemsize)
         return plan.memo[key]
 
     @property
