@@ -7,7 +7,11 @@ import re
 import shlex
 
 import pytest
+import ringkern
+import torch
+from close import assert_close
 from ringkern import cli, env
+from ringkern.kernels import reference
 from ringkern.launch import launch
 from ringkern.stats import Stats
 
@@ -147,3 +151,61 @@ def test_programs_run(number, world_size):
     assert len(programs) == 2
     done = launch(run_program, world_size, programs[number], threads=1, timeout_s=90)
     assert done == [True] * world_size
+
+
+SMALL = {  # README's numbers, as a CPU has time and room for
+    "num_layers=32": "num_layers=2",
+    "for layer in range(32)": "for layer in range(2)",
+    "for _ in range(32)": "for _ in range(3)",
+    "nheads_k=8, headdim=128": "nheads_k=2, headdim=16",
+    '"a": 5000': '"a": 500',
+    '"a": 200': '"a": 20',
+    "num_pages=1024": "num_pages=16",
+    "8191": "819",
+}
+
+
+def run_readme(worker, programs):
+    """Run README's programs, given what they leave to the reader, and compare their answers."""
+    ring = ringkern.init_ring()
+    plan = ringkern.Placement(ring.world_size).prefill({"a": 500, "b": 37})
+    heads = [
+        torch.randn(plan.total, n, 16, generator=torch.manual_seed(n)).bfloat16() for n in (4, 2, 2)
+    ]
+    q, k, v = (plan.shard(x, ring.rank) for x in heads)
+    drawn = []  # [tokens, 64] of each forward(), whose two layers do the same
+
+    def project(layer, x, positions):
+        assert len(positions) == len(x)
+        x = x.view(-1, 4, 16).bfloat16()
+        return x, x[:, :2].contiguous(), x[:, 2:].contiguous()
+
+    def finish(layer, x, out):
+        return out.flatten(1) if layer else x
+
+    def draw(count):
+        drawn.append(torch.randn(count, 64, generator=torch.manual_seed(len(drawn))))
+        return drawn[-1]
+
+    given = dict(ring=ring, torch=torch, ringkern=ringkern, x=heads[0], q=q, k=k, v=v)
+    given |= dict(prompts=537, follow_up=20, embed=draw, next_tokens=lambda x: draw(2))
+    scope = given | dict(project=project, finish=finish)
+    exec(compile(programs[0], "README.md", "exec"), {})
+    for program in programs[1:]:
+        exec(compile(program, "README.md", "exec"), scope)
+    # The follow-up's queries saw all of "a", and nothing else.
+    first, *steps, last = drawn
+    a = torch.cat([first[:500], *(step[:1] for step in steps), last]).view(1, -1, 4, 16).bfloat16()
+    want = reference.attn(a, a[:, :, :2], a[:, :, 2:], causal=True)[0][0, -20:].flatten(1)
+    assert_close(scope["x"], want, want.bfloat16(), name="the follow-up")
+    ring.close()
+    return True
+
+
+def test_readme_s_programs_run():
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    for old, new in SMALL.items():
+        assert any(old in program for program in programs), old
+        programs = [program.replace(old, new) for program in programs]
+    assert len(programs) == 3
+    assert launch(run_readme, 2, programs, threads=1, timeout_s=90) == [True] * 2
