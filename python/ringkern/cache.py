@@ -176,10 +176,10 @@ class KVCache:
         """Return the pages that the plan's sequences have on a rank, sequence after sequence."""
         table = self._tables[rank]
         held = [table.held(number) for number in plan.numbers]
-        most = max((len(x.pages) for x in held), default=0)
-        page_table = np.zeros((len(held), max(most, 1)), dtype=np.int32)
-        for row, x in zip(page_table, held, strict=True):
-            row[: len(x.pages)] = x.pages
+        counts = np.array([len(x.pages) for x in held])
+        page_table = np.zeros((len(held), max(counts.max(), 1)), dtype=np.int32)
+        inside = np.arange(page_table.shape[1]) < counts[:, None]
+        page_table[inside] = np.frombuffer(b"".join(x.pages for x in held), dtype=np.int32)
         return Rows(page_table, np.array([x.tokens for x in held], dtype=np.int32))
 
     def most_pages(self, plan: Plan) -> int:
@@ -274,7 +274,7 @@ class KVCache:
                     "sequence and call again, or make the cache with more pages."
                 )
 
-            for number, _ in new:
+            for number, _ in new if self._unfinished else ():
                 # A copy of a page has what its layers had: those to come would write the other one.
                 before = self._unfinished.latest(number)
                 if before and table.must_copy(number):
@@ -312,11 +312,9 @@ class KVCache:
                 copies = table.append(number, count)
                 for source, target in copies if rank == self.ring.rank else ():
                     self._copy_page(source, target)
-        for number, start, length in zip(
-            plan.numbers, plan.starts.tolist(), plan.lengths, strict=True
-        ):
-            self._lengths[number] = start + length
-            self._unfinished.enter(number, start, start + length, reservation)
+        for number, (_, end) in reservation.tokens.items():
+            self._lengths[number] = end
+        self._unfinished.enter(reservation)
         return reservation
 
     def _lay_out(self, plan: Plan, reservation: Reservation) -> None:

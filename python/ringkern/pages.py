@@ -48,7 +48,9 @@ class PageTable:
 
     def append(self, number: int, tokens: int) -> list[tuple[int, int]]:
         """Make room for so many tokens; there must be. Return the (from, to) pages to copy."""
-        held = self._held.setdefault(number, Held())
+        held = self._held.get(number)
+        if held is None:
+            held = self._held[number] = Held()
         copies = []
         if tokens and self._must_copy(held):
             shared, mine = held.pages[-1], self._take()

@@ -184,9 +184,13 @@ class Program:
         size = self._page_size
 
         @functools.cache
+        def asking(q_rank):
+            return np.flatnonzero(plan.all_counts()[:, q_rank])
+
+        @functools.cache
         def whole(q_rank, kv_rank):
             rows = held(kv_rank) if kv_rank == self._rank else held(kv_rank).pack(size)
-            return rows.take(np.flatnonzero(plan.all_counts()[:, q_rank]))
+            return rows.take(asking(q_rank))
 
         @functools.cache
         def parts(q_rank, kv_rank):

@@ -10,7 +10,11 @@ class Reservation:
     """Where one plan's tokens lie on this rank: made once, used by every layer."""
 
     def __init__(self, plan: Plan, parents: list["Reservation"]):
-        self.serial, self.numbers = plan.serial, plan.numbers
+        self.serial = plan.serial
+        # sequence number -> (begin, end), the positions of its tokens; also of forks since
+        ends = (plan.starts + plan.lengths).tolist()
+        spans = zip(plan.starts.tolist(), ends, strict=True)
+        self.tokens = dict(zip(plan.numbers, spans, strict=True))
         self.new_slots = None  # int64 tensor: of the new tokens, in local packed order
         self.runs = None  # [n, 5], columns as in types.Run, with slots as offsets
         self.slots = None  # int64 array: of all, in the order of plan.kv_runs()
@@ -51,34 +55,37 @@ def check_parents(parents: Iterable[Reservation], layer: int) -> None:
 
 
 class Unfinished:
-    """The plans of each sequence that have not run in every layer."""
+    """The plans that have not run in every layer: few, as the next one mostly comes after."""
 
     def __init__(self):
-        # sequence number -> (first position, end, reservation), oldest first
-        self._of: dict[int, list[tuple[int, int, Reservation]]] = {}
+        self._plans: list[Reservation] = []  # oldest first
+
+    def __bool__(self):
+        self._plans = [plan for plan in self._plans if plan.tokens and not plan.finished]
+        return bool(self._plans)
 
     def latest(self, number: int) -> Reservation | None:
-        """Return the sequence's latest one, which itself comes after those before it."""
-        found = self._of.get(number)
-        while found and found[-1][-1].finished:
-            found.pop()
-        return found[-1][-1] if found else None
+        """Return the latest one of a sequence, which itself comes after those before it."""
+        found = (plan for plan in reversed(self._plans) if number in plan.tokens)
+        return next((plan for plan in found if not plan.finished), None)
 
     def parents(self, numbers: Iterable[int]) -> list[Reservation]:
         """Return those whose keys new tokens of these sequences see."""
-        found = dict.fromkeys(self.latest(number) for number in numbers)
-        return [reservation for reservation in found if reservation]
+        found = dict.fromkeys(self.latest(number) for number in numbers) if self else ()
+        return [plan for plan in found if plan]
 
-    def enter(self, number: int, begin: int, end: int, reservation: Reservation) -> None:
-        self._of.setdefault(number, []).append((begin, end, reservation))
+    def enter(self, plan: Reservation) -> None:
+        self._plans.append(plan)
 
     def fork(self, number: int, new: int) -> None:
-        self._of[new] = list(self._of.get(number, ()))
+        for plan in self._plans:
+            if number in plan.tokens:
+                plan.tokens[new] = plan.tokens[number]
 
     def cut(self, number: int, length: int) -> None:
         """Note that a sequence's tokens from position `length` on are gone."""
-        found = self._of.pop(number, ())
-        for _, end, reservation in found:
-            reservation.cut |= end > length
-        if kept := [each for each in found if each[0] < length]:
-            self._of[number] = kept
+        for plan in self._plans:
+            begin, end = plan.tokens.get(number, (0, 0))
+            plan.cut |= end > length
+            if begin >= length:
+                plan.tokens.pop(number, None)

@@ -290,12 +290,15 @@ def _unlike(plan):
     New sequences of one length are sharded alike where the ranks have the same places, which they
     have by turns: one of each will do.
     """
-    kinds = np.asarray(plan.lengths)[:, None]
-    if plan.places is not None:
-        kinds = np.concatenate([kinds, plan.places], axis=1)
-    new = np.ones(len(kinds), dtype=bool) if plan.starts is None else plan.starts == 0
+    lengths = np.asarray(plan.lengths)
+    new = np.ones(len(lengths), dtype=bool) if plan.starts is None else plan.starts == 0
     of_new = np.flatnonzero(new)
-    _, first = np.unique(kinds[of_new], axis=0, return_index=True)
+    if not len(of_new):
+        return np.arange(len(lengths))
+    kinds = lengths[of_new, None]
+    if plan.places is not None:
+        kinds = np.concatenate([kinds, plan.places[of_new]], axis=1)
+    _, first = np.unique(kinds, axis=0, return_index=True)
     return np.concatenate([of_new[first], np.flatnonzero(~new)])
 
 
