@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import ringkern
 import torch
 from ringkern import calibrate, cost, profile
+from ringkern.launch import launch
 from ringkern.types import Hardware, Problem
 from threads import HARDWARE, run_threads
 
@@ -233,3 +235,37 @@ def test_a_rank_alone_is_not_slowed_by_others():
     # Three ranks attend for the fourth: two others are busy, of three.
     before, after = (us[1] for us in attend(decode, "gather_q"))
     assert after == pytest.approx(before * (1 / 4 + 2 / 3 * 3 / 4), rel=1e-2)
+
+
+def profiled(worker, given, variable):
+    """Return the profile of a ring made with these, before and after its first choice."""
+    if variable:
+        os.environ["RINGKERN_PROFILE"] = variable
+    with ringkern.init_ring(profile=given, timeout_s=60) as ring:
+        plan = ringkern.Placement(ring.world_size).prefill({"a": 90})
+        before = ring.hardware
+        shape = dict(nheads=2, nheads_k=1, headdim=16, dtype=torch.float32)
+        choice = ring.choose(plan, **shape)
+        x = torch.zeros(plan.num_tokens(ring.rank), 2, 16)
+        ring.attn(x, x[:, :1], x[:, :1], plan)
+        return before, ring.hardware, choice, list(ring.stats()["methods"])
+
+
+def test_a_ring_takes_its_profile_from_where_it_is_given(tmp_path):
+    """An argument, else the variable, else what a first choice measures; alike on all ranks."""
+    paths = [str(tmp_path / name) for name in ("given", "variable")]
+    slow = dataclasses.replace(HARDWARE, link_gb_s=HARDWARE.link_gb_s / 4)
+    for path, hardware in zip(paths, (HARDWARE, slow), strict=True):
+        with open(path, "w") as file:
+            json.dump(dataclasses.asdict(hardware), file)
+    cases = [
+        ((paths[0], None), HARDWARE),
+        ((slow, None), slow),
+        ((None, paths[1]), slow),
+        ((paths[0], paths[1]), HARDWARE),
+    ]
+    for arguments, want in cases:
+        for before, after, choice, ran in launch(profiled, 2, *arguments, threads=1, timeout_s=60):
+            assert before == after == want and ran == [choice.method]
+    first, second = launch(profiled, 2, None, None, threads=1, timeout_s=60)
+    assert first == second and first[0] is None and first[1] is not None
