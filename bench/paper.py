@@ -38,3 +38,18 @@ def padding(impl: str, batch: int, world_size: int) -> int:
 
 
 OUTLINES[PAPER_PASS_Q] = OUTLINES[UNPADDED] = paper_pass_q
+
+
+PEAK_FLOPS = 35e9  # of a rank at the largest shapes, 4 ranks on 2 cores: bench/results
+
+
+def hides_kv(world_size: int, link_mbit: float, shape: dict[str, int], spare: float = 1.2) -> bool:
+    """Return whether equation (2) holds with room to spare: K and V travel under attention.
+
+    T >= N * C * N_KV * e / (2 * N_H * BW), for float32. It counts every query against every key; a
+    causal mask leaves half of those among the new tokens, so that much more is needed.
+    """
+    new, cached = shape["new"], shape["cached"]
+    link = 1e6 * link_mbit / 8
+    least = world_size * PEAK_FLOPS * shape["nheads_k"] * 4 / (2 * shape["nheads"] * link)
+    return new >= spare * least * (cached + new) / (cached + new / 2)

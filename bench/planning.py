@@ -1,5 +1,7 @@
 """Placement, plan and schedule of a prefill, in a fresh process that has no torch.
 
+Of sequences that begin, or of one that has had many turns.
+
 As a program, `python -m bench.planning`: reads one JSON object of sizes, prints what it measured.
 """
 
@@ -14,16 +16,25 @@ from ringkern.schedule import make_schedule, pairs
 from bench import machine, operation, rss
 from bench.measurement import Measurement
 
+DECODED = 32  # tokens in a turn
+
 
 def make_inputs(session, case):
-    """Return a state: lengths by sequence, and which ranks' schedules to make."""
+    """Return a state: lengths by sequence, what was before, and which ranks' schedules to make."""
     shape = case.shape
-    lengths = {f"sequence {i}": shape["seqlen"] for i in range(shape["batch"])}
-    return SimpleNamespace(lengths=lengths, world_size=case.world_size, ranks=case.ranks)
+    names = [f"sequence {i}" for i in range(shape["batch"])]
+    lengths = dict.fromkeys(names, shape["seqlen"])
+    placement = Placement(case.world_size)
+    for _ in range(shape.get("turns", 0)):
+        decoded = min(DECODED, shape["cached"] // shape["turns"] - 1)
+        placement.prefill(dict.fromkeys(names, shape["cached"] // shape["turns"] - decoded))
+        for _ in range(decoded):
+            placement.decode(names)
+    return SimpleNamespace(lengths=lengths, placement=placement, ranks=case.ranks)
 
 
 def call(state, impl: str, index: int) -> None:
-    state.plan = Placement(state.world_size).prefill(state.lengths)
+    state.plan = state.placement.prefill(state.lengths)
     state.schedules = [make_schedule(state.plan, rank) for rank in state.ranks]
 
 

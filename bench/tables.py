@@ -98,7 +98,8 @@ def planning(records: list[dict]) -> list[str]:
         planned = shape["ranks_planned"]
         rows.append(
             [
-                f"{shape['batch']} x {shape['seqlen']}",
+                f"{shape['batch']} x {shape['seqlen']}"
+                + (f" on {shape['cached']}, {shape['turns']} turns" if "turns" in shape else ""),
                 one["world_size"],
                 f"{planned} rank{'s' * (planned > 1)}",
                 _time(one["time_us"]["p50"]),
@@ -209,7 +210,8 @@ def hidden(records: list[dict]) -> list[str]:
 def host(records: list[dict]) -> list[str]:
     """What a decode step and a layer's call cost in Python, by method; in a graph on 8 ranks."""
     rows = [
-        ["method", "a decode step of 64, planned", "its choice", "a layer's call", "in a graph"]
+        ["method", "a decode step of 64, planned", "its choice", "the first layer's call"]
+        + ["another's", "in a graph"]
     ]
     for plan in records:
         layer = _find(records, plan["case"].replace("/plan/", "/layer/"), plan["impl"])
@@ -218,7 +220,8 @@ def host(records: list[dict]) -> list[str]:
             choice_us = _time(plan["detail"]["choice_us"])
             graph = _find(records, "host/graph/w8/b64", plan["impl"])
             replayed = _time(graph["detail"]["layer_us"]) + _verdict(graph) if graph else "none"
-            rows.append([f"`{plan['impl']}`", times[0], choice_us, times[1], replayed])
+            first = _time(layer["detail"]["first_us"])
+            rows.append([f"`{plan['impl']}`", times[0], choice_us, first, times[1], replayed])
     return _table(rows)
 
 
