@@ -122,7 +122,9 @@ class Placement:
         for record, length in zip(records, lengths, strict=True):
             record.length += length
         more = zip(records, lengths, strict=True)
-        self._deal([record for record, length in more if length > 1 or record.length == 1])
+        dealt = [record for record, length in more if length > 1 or record.length == 1]
+        if dealt:
+            self._deal(dealt)
         return plan
 
     def _deal(self, records) -> None:
