@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -108,6 +109,21 @@ class Link {
     while (!transport().poll(ticket, kSlice)) check_signals();
     const Times times = transport().wait(ticket, stream);
     return {times.posted_ns, times.done_ns};
+  }
+
+  py::list legs() const {
+    std::vector<Leg> legs;
+    {
+      const py::gil_scoped_release nogil;
+      legs = device().legs();
+    }
+    static constexpr std::array kKinds{"to_host", "out", "in", "to_device"};
+    py::list list;
+    for (const Leg& leg : legs) {
+      const auto kind = kKinds.at(static_cast<std::size_t>(leg.kind));
+      list.append(py::make_tuple(kind, leg.peer, leg.nbytes, leg.begun_ns, leg.ended_ns));
+    }
+    return list;
   }
 
   py::dict stats() const {
@@ -292,6 +308,7 @@ PYBIND11_MODULE(_C, module) {
           py::arg("reason"), NoGil())
       .def(
           "close", [](Link& link) { link.transport().close(); }, NoGil())
+      .def("legs", &Link::legs)
       .def("stats", &Link::stats)
       .def_readonly("rank", &Link::rank)
       .def_readonly("world_size", &Link::world_size);

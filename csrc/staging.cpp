@@ -64,6 +64,7 @@ class Staged : public DeviceTransport {
   void close() override { core().close(); }
   Stats stats() const override { return core().stats(); }
   Ticket settled() override { return core().settled(); }
+  std::vector<Leg> legs() override { return core().legs(); }
   Transport& host() override {
     owner_.check_process();
     return host_;

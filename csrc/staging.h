@@ -34,7 +34,10 @@ struct StagingOptions {
 //
 // wait() waits until the wire is done with the exchange, which the GPU may still copy from the
 // slots; for that the stream waits, and not the caller. done_ns is when the last byte was on the
-// wire or came from it. An exchange with this rank alone never makes the caller wait.
+// wire or came from it. An exchange with this rank alone never makes the caller wait. (A stream can
+// wait for an event only once it is recorded. It could wait for a word of memory, by
+// cuStreamWaitValue32; but CUDA does not see such an order, may queue the copies that would end the
+// wait behind it, and then nothing ends it: the driver's documentation warns of that.)
 //
 // An exchange on host() waits until all pieces of earlier exchanges are on the wire. With one order
 // of calls on all ranks nothing waits for ever: the slots of a piece are freed by the GPU and by

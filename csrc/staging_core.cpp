@@ -23,7 +23,7 @@ StagingCore::StagingCore(std::unique_ptr<Transport> wire, int rank, int world_si
   const Device::Use use(device_);
   own_ = std::make_unique<OwnStream>(device_);
   gear_.reset(new StagingGear{options_, device_, *wire_, OwnStream(device_), OwnStream(device_),
-                              StagedExchanges{}});
+                              StagedExchanges{}, legs_});
   const auto ranks = static_cast<std::size_t>(world_size);
   outs_.resize(ranks);
   ins_.resize(ranks);

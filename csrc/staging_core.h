@@ -18,6 +18,7 @@
 #include "cuda.h"
 #include "error.h"
 #include "flights.h"
+#include "legs.h"
 #include "loop.h"
 #include "staging.h"
 #include "staging_lane.h"
@@ -52,6 +53,7 @@ class StagingCore : public std::enable_shared_from_this<StagingCore> {
   void abort(const std::string& reason);
   void close();
   Stats stats() const { return tally_.read(*wire_); }
+  std::vector<Leg> legs() { return legs_.take(); }
   Transport& wire() { return *wire_; }
 
  private:
@@ -75,6 +77,7 @@ class StagingCore : public std::enable_shared_from_this<StagingCore> {
   void run() noexcept;
   void work();
   bool take_posted();
+  bool has_work() const;
   void admit(StagedExchange exchange);
   template <typename AnyLane>
   SlotLane& lane(Lanes& lanes, int peer);
@@ -97,6 +100,7 @@ class StagingCore : public std::enable_shared_from_this<StagingCore> {
   const Device device_;
   Flights flights_;
   Tally tally_;
+  Legs legs_;
   std::unique_ptr<OwnStream> own_;  // of copies from this rank to itself
 
   std::unique_ptr<StagingGear> gear_;

@@ -6,7 +6,10 @@
 namespace ringkern {
 
 bool StagedExchange::has_entered() {
-  if (!entered) entered = ready->done();
+  if (!entered && ready->done()) {
+    entered = true;
+    entered_at = Clock::now();
+  }
   return entered;
 }
 
@@ -30,7 +33,8 @@ SlotLane::Chunk SlotLane::cut() {
   }
   Message& message = messages_.front();
   const std::size_t nbytes = std::min(most, message.nbytes - message.cut);
-  const Chunk chunk{message.exchange, message.data + message.cut, nbytes, free_.back(), {}};
+  const Chunk chunk{message.exchange, message.data + message.cut, nbytes, free_.back(), {},
+                    Clock::now()};
   free_.pop_back();
   message.cut += nbytes;
   if (nbytes < most) messages_.pop_front();
@@ -42,6 +46,11 @@ bool SlotLane::off_wire(Chunk& chunk) {
   gear_.wire.wait(*chunk.on_wire, 0);
   chunk.on_wire.reset();
   return true;
+}
+
+void SlotLane::pass(Chunk& chunk, Leg::Kind kind) {
+  gear_.legs.add(kind, peer_, chunk.nbytes, chunk.begun);
+  chunk.begun = Clock::now();
 }
 
 void SlotLane::pop() {
@@ -68,13 +77,19 @@ bool OutLane::may_copy(StagedExchange& exchange) const {
 bool OutLane::advance() {
   bool moved = false;
   while (!chunks_.empty() && chunks_.front().on_wire && off_wire(chunks_.front())) {
+    pass(chunks_.front(), Leg::Kind::kOut);
     --chunks_.front().exchange->unfinished;
     pop();
     moved = true;
   }
   for (Chunk& chunk : chunks_) {
     if (chunk.on_wire) continue;
+    // Only a timeline asks when a copy that the GPU was given ahead of time could begin.
+    if (gear_.legs.wanted() && chunk.exchange->has_entered()) {
+      chunk.begun = std::max(chunk.begun, chunk.exchange->entered_at);
+    }
     if (!chunk.slot->copied.done()) break;
+    pass(chunk, Leg::Kind::kToHost);
     chunk.on_wire = gear_.wire.exchange({{peer_, chunk.slot->memory.data(), chunk.nbytes}}, {}, 0);
     --chunk.exchange->unposted;
     moved = true;
@@ -99,12 +114,14 @@ bool OutLane::advance() {
 bool InLane::advance() {
   bool moved = false;
   while (!chunks_.empty() && !chunks_.front().on_wire && chunks_.front().slot->copied.done()) {
+    pass(chunks_.front(), Leg::Kind::kToDevice);
     pop();
     moved = true;
   }
   for (Chunk& chunk : chunks_) {
     if (!chunk.on_wire) continue;
     if (!off_wire(chunk)) break;
+    pass(chunk, Leg::Kind::kIn);
     if (chunk.nbytes > 0) {
       gear_.to_device.copy_to_device(chunk.data, chunk.slot->memory.data(), chunk.nbytes);
     }

@@ -19,6 +19,8 @@
 #include <vector>
 
 #include "cuda.h"
+#include "legs.h"
+#include "loop.h"
 #include "staging.h"
 #include "transport.h"
 
@@ -35,7 +37,8 @@ struct StagedExchange {
   std::size_t unposted = 0;    // pieces, of either direction, that the wire has not been given
   std::size_t unfinished = 0;  // pieces that are not sent, or not given to the GPU
   bool entered = false;        // `ready` was seen passed
-  bool held = false;           // the stream of copies to the host waits for `ready`
+  Clock::time_point entered_at{};
+  bool held = false;  // the stream of copies to the host waits for `ready`
 
   bool has_entered();
 };
@@ -50,6 +53,7 @@ struct StagingGear {
   Transport& wire;
   OwnStream to_host, to_device;  // one for each of the GPU's copy engines
   StagedExchanges exchanges;
+  Legs& legs;
 };
 
 // Used by one thread, under a Device::Use.
@@ -69,6 +73,8 @@ class SlotLane {
   void post(StagedExchange& exchange, void* data, std::size_t nbytes);
   // Does what can be done now; returns whether there was anything.
   virtual bool advance() = 0;
+  // Whether no piece has a slot.
+  bool idle() const { return chunks_.empty(); }
 
  protected:
   struct Slot {
@@ -84,6 +90,7 @@ class SlotLane {
     std::size_t nbytes;
     Slot* slot;
     std::optional<Ticket> on_wire;  // none: the GPU has it
+    Clock::time_point begun;        // its leg
   };
 
   // The exchange whose piece is the next to be cut; none when there is none, or no slot is free.
@@ -91,6 +98,8 @@ class SlotLane {
   Chunk cut();
   // Whether the wire is done with the piece.
   bool off_wire(Chunk& chunk);
+  // Ends one leg of the piece, and begins the next.
+  void pass(Chunk& chunk, Leg::Kind kind);
   void pop();
 
   StagingGear& gear_;

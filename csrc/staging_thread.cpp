@@ -74,7 +74,7 @@ void StagingCore::work() {
 // False when the ring is closed. Sleeps while there is nothing to do.
 bool StagingCore::take_posted() {
   std::vector<StagedExchange> posted;
-  const bool has_work = !gear_->exchanges.empty();
+  const bool has_work = this->has_work();
   bool poked;
   {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -87,6 +87,13 @@ bool StagingCore::take_posted() {
   if (poked || !has_work) check_wire();
   for (StagedExchange& exchange : posted) admit(std::move(exchange));
   return true;
+}
+
+// Copies to the GPU need nobody's help, but for a timeline, which says when they ended.
+bool StagingCore::has_work() const {
+  const auto busy = [](const auto& lane) { return lane && !lane->idle(); };
+  return !gear_->exchanges.empty() ||
+         (legs_.wanted() && std::any_of(ins_.begin(), ins_.end(), busy));
 }
 
 template <typename AnyLane>

@@ -89,6 +89,18 @@ class Transport {
   virtual Stats stats() const = 0;
 };
 
+// One leg of a piece of a message between a GPU and another rank: a copy to or from the host's
+// memory, or the wire. By the host's clock, as Times: from when it could begin until it was seen to
+// be over.
+struct Leg {
+  enum class Kind { kToHost, kOut, kIn, kToDevice };
+  Kind kind;
+  int peer;
+  std::size_t nbytes;
+  std::int64_t begun_ns;
+  std::int64_t ended_ns;
+};
+
 // A Transport whose buffers are a GPU's memory, and whose wait() makes a stream wait instead of the
 // caller where it can.
 class DeviceTransport : public Transport {
@@ -108,6 +120,10 @@ class DeviceTransport : public Transport {
     static_cast<void>(ticket);
     static_cast<void>(stream);
   }
+
+  // The legs that ended since the last call, oldest first; recorded from the first call on, and no
+  // more than the latest 131072. None where the host's memory is not on the way.
+  virtual std::vector<Leg> legs() { return {}; }
 
   // The same ring for host memory: it fails when this one does, and the other way round. All ranks
   // make their calls to both in one order. Not to be closed; it lives as long as this one.

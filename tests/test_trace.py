@@ -14,6 +14,7 @@ from ringkern.launch import launch
 from ringkern.stats import NAMES, Event, Stats
 from ringkern.tracer import Tracer
 from ringkern.transport_local import LocalTransport
+from stub_gpu import run_stub, why_no_stubs
 from threads import HARDWARE, run_threads
 from traces import US, assert_nested, assert_whole, attend, slices_of
 
@@ -149,7 +150,7 @@ def test_exchanges_that_overlap_get_rows_of_their_own():
     events = [Event("exchange", 0, i, *t, 1, "pass_q") for i, t in enumerate(times)]
     events += [Event("attend", 0, 0, 5, 30, 0, "pass_q"), Event("wait", 0, 0, 30, 30, 0, "pass_q")]
     nowhere = Offset(0, 0, 0)
-    text = trace.render(facts, events, [], Alignment(nowhere, nowhere), 3)
+    text = trace.render(facts, events, [], [], Alignment(nowhere, nowhere), 3)
     rows = slices_of(f'{{"traceEvents":[{text}]}}')
     assert_nested(rows)
     found = {row: [(s + 3, e + 3) for s, e, _ in slices] for (_, row), slices in rows.items()}
@@ -157,3 +158,33 @@ def test_exchanges_that_overlap_get_rows_of_their_own():
     assert found[2] == [(10, 20), (20, 60), (60, 80)]
     assert found[0] == [(5, 30), (30, 30)]
     assert '"name": "exchange 2"' in text
+
+
+def traced_over_tcp(ring):
+    plan = ringkern.Placement(ring.world_size).prefill({"a": 700})
+    x = torch.zeros(plan.num_tokens(ring.rank), 2, 16)
+    for method in ("pass_kv", "gather_q"):
+        ring.attn(x, x, x, plan, method=method)
+    stats = ring.stats()["transport"]
+    return stats["bytes_sent_by_peer"], stats["bytes_received_by_peer"]
+
+
+@pytest.mark.skipif(bool(why_no_stubs()), reason=why_no_stubs() or "none")
+def test_pieces_of_gpu_memory_over_tcp_have_rows(path):
+    ranks = run_stub(traced_over_tcp, 3, transport="tcp")
+    events = json.loads(path.read_text())["traceEvents"]
+    for rank, (sent, received) in enumerate(ranks):
+        mine = [event for event in events if event["pid"] == rank]
+        names = {e["tid"]: e["args"]["name"] for e in mine if e["name"] == "thread_name"}
+        legs = [event for event in mine if event.get("cat") == "leg"]
+        assert legs and all(event["dur"] >= 0 for event in legs)
+        for kind, by_peer in (("to_host", sent), ("out", sent), ("in", received)):
+            for peer, want in enumerate(by_peer):
+                some = [e for e in legs if e["name"] == kind and e["args"]["peer"] == peer]
+                assert sum(e["args"]["bytes"] for e in some) == want, (kind, peer)
+        for event in legs:
+            assert names[event["tid"]].startswith(trace.LEGS[event["name"]])
+        ends = {}  # of what is in a row: nothing lies on another
+        for event in sorted(legs, key=lambda e: e["ts"]):
+            assert event["ts"] >= ends.get(event["tid"], 0.0)
+            ends[event["tid"]] = event["ts"] + event["dur"] - 0.002

@@ -78,6 +78,14 @@ class Link:
     def close(self) -> None:
         """Leave the ring. Again is fine, and so is after a failure; any thread may call it."""
 
+    def legs(self) -> list[tuple[str, int, int, int, int]]:
+        """Return what pieces of device memory went through since the last call, oldest first.
+
+        Each (kind, peer, nbytes, begun_ns, ended_ns), of time.monotonic_ns(); kind is "to_host" or
+        "to_device", a copy, or "out" or "in", the wire. Recorded from the first call on, no more
+        than the latest 131072. None over NCCL.
+        """
+
     def stats(self) -> dict[str, int | list[int]]:
         """Return what has moved, payload only.
 

@@ -107,6 +107,14 @@ class DeviceLink(Link):
     def host(self) -> Link:
         return self._host
 
+    def legs(self) -> list[tuple[str, int, int, int, int]]:
+        """Return (kind, peer, nbytes, begun_ns, ended_ns) of pieces since the last call, for traces.
+
+        Kinds: copies "to_host" and "to_device", and "out" and "in" on the wire. Recorded from the
+        first call on; none over NCCL.
+        """
+        return self._core.legs()
+
     def time_by(self, clock) -> None:
         """Have exchanges timed by the GPU from now on, with what DeviceStats offers for it."""
         self._clock = clock

@@ -41,7 +41,9 @@ class Ring(Collectives):
         self.rank, self.world_size = transport.rank, transport.world_size
         self.device, self.transport = device, transport.name
         self._stats = self._make_stats()
-        self._tracer = make_tracer(transport.host, self._stats)
+        of_gpus = transport is not transport.host
+        legs = transport.legs if of_gpus else list
+        self._tracer = make_tracer(transport.host, self._stats, legs)
         self.order = transport.order or tuple(range(self.world_size))
         self.programs = Programs(self.rank, device, self.backend, self.order)
         self.graphs = weakref.WeakSet()  # the DecodeGraphs of this ring

@@ -21,6 +21,16 @@ class Event(NamedTuple):
     method: str = ""
 
 
+class Leg(NamedTuple):
+    """What a piece of a message between a GPU and a rank went through. Times as an Event's."""
+
+    kind: str  # to_host | out | in | to_device
+    peer: int
+    nbytes: int
+    start_ns: int
+    end_ns: int
+
+
 class Call(NamedTuple):
     """One finished call of ring.attn(), from its choice of method to its result."""
 

@@ -1,8 +1,9 @@
 """Writes a trace file: Chrome's JSON, for ui.perfetto.dev and chrome://tracing.
 
-A process per rank, with two rows: "calls" is what the rank's thread did (calls of ring.attn(), and
-in them attend, wait and merge), "exchange" the messages under way. Exchanges that overlap get rows
-of their own. Times are rank 0's, from the making of the ring on.
+A process per rank. Its row "calls" is what the rank's thread did (calls of ring.attn(), and in them
+attend, wait and merge), "exchange" the messages under way; where GPU memory goes over TCP, there are
+rows of its copies, and of the pieces on the wire. What overlaps gets rows of its own. Times are rank
+0's, from the making of the ring on.
 """
 
 import json
@@ -11,35 +12,51 @@ import pathlib
 from collections.abc import Iterable
 
 from ringkern.clock import Alignment
-from ringkern.stats import Call, Event
+from ringkern.stats import Call, Event, Leg
 
-CALLS_ROW, EXCHANGE_ROW = 0, 1  # and up, where exchanges overlap
+# Leg kinds, in the order of their rows.
+LEGS = {
+    "to_host": "copies from the GPU",
+    "out": "wire out",
+    "in": "wire in",
+    "to_device": "copies to the GPU",
+}
 
 
 def render(
-    facts: dict, events: Iterable[Event], calls: Iterable[Call], alignment: Alignment, zero_ns: int
+    facts: dict,
+    events: Iterable[Event],
+    calls: Iterable[Call],
+    legs: Iterable[Leg],
+    alignment: Alignment,
+    zero_ns: int,
 ) -> str:
     """Return one rank's part of a trace: JSON objects, a line each, with a comma between them.
 
     Args:
         facts: of the rank: "rank", "world_size", "host".
-        events, calls: what Stats keeps, by the rank's own clock.
+        events, calls: what Stats keeps, by the rank's own clock; legs by that too.
         alignment: from that clock to rank 0's.
         zero_ns: rank 0's time that the trace begins at.
     """
-    rows: dict[int, list] = {CALLS_ROW: []}
+    in_calls, exchanges = [], []
     for call in calls:
         args = {"call": call.call, "method": call.method}
-        rows[CALLS_ROW].append((call.start_ns, -call.end_ns, call.method, "call", args))
-    exchanges = []
+        in_calls.append((call.start_ns, -call.end_ns, call.method, "call", args))
     for event in events:
         args = {"call": event.call, "step": event.step, "method": event.method}
         args |= {"bytes": event.nbytes} if event.name == "exchange" else {}
-        where = exchanges if event.name == "exchange" else rows[CALLS_ROW]
+        where = exchanges if event.name == "exchange" else in_calls
         where.append((event.start_ns, -event.end_ns, event.name, event.name, args))
-    rows |= dict(enumerate(_lanes(exchanges), EXCHANGE_ROW))
-    lines = _names(facts, len(rows))
-    for row, slices in rows.items():
+    pieces = {kind: [] for kind in LEGS}
+    for leg in legs:
+        args = {"peer": leg.peer, "bytes": leg.nbytes}
+        pieces[leg.kind].append((leg.start_ns, -leg.end_ns, leg.kind, "leg", args))
+    rows = [("calls", in_calls), *_lanes("exchange", exchanges)]
+    for kind, slices in pieces.items():
+        rows += _lanes(LEGS[kind], slices) if slices else []
+    lines = _names(facts, [name for name, _ in rows])
+    for row, (_, slices) in enumerate(rows):
         # Begin first, end last: so what contains another comes before it.
         for start_ns, end_ns, name, category, args in sorted(slices, key=lambda s: s[:2]):
             start = alignment.to_reference(start_ns) - zero_ns
@@ -51,27 +68,25 @@ def render(
     return ",\n".join(lines)
 
 
-def _lanes(exchanges: list[tuple]) -> list[list[tuple]]:
-    """Return the exchanges in as few rows as there are under way at once, none on another."""
+def _lanes(name: str, slices: list[tuple]) -> list[tuple[str, list[tuple]]]:
+    """Return (name, slices) of as few rows as there are slices at once, none on another."""
     lanes: list[list[tuple]] = [[]]
-    for item in sorted(exchanges, key=lambda s: s[:2]):
+    for item in sorted(slices, key=lambda s: s[:2]):
         free = (lane for lane in lanes if not lane or -lane[-1][1] <= item[0])
         lane = next(free, None)
         if lane is None:
             lanes.append(lane := [])
         lane.append(item)
-    return lanes
+    return [(f"{name} {i + 1}" if i else name, lane) for i, lane in enumerate(lanes)]
 
 
-def _names(facts: dict, num_rows: int) -> list[str]:
+def _names(facts: dict, rows: list[str]) -> list[str]:
     """Return the metadata: what the rank and its rows are called, and their order."""
     rank = facts["rank"]
     process = f"rank {rank} of {facts['world_size']} ({facts['host']})"
     metadata = [("process_name", 0, {"name": process})]
     metadata += [("process_sort_index", 0, {"sort_index": rank})]
-    for row in range(num_rows):
-        number = f" {row - EXCHANGE_ROW + 1}" if row > EXCHANGE_ROW else ""
-        name = "calls" if row == CALLS_ROW else f"exchange{number}"
+    for row, name in enumerate(rows):
         metadata += [("thread_name", row, {"name": name})]
         metadata += [("thread_sort_index", row, {"sort_index": row})]
     return [

@@ -15,15 +15,16 @@ import ringkern
 from ringkern import env, trace
 from ringkern.clock import Alignment, Offset, Ping, estimate
 from ringkern.errors import ProtocolError, RingkernError
-from ringkern.stats import Stats
+from ringkern.stats import Leg, Stats
 
 KEPT = 200_000  # events per rank; viewers choke on a few million
 PINGS = 16
 MAGIC = 0x72696E67_74726163  # so that no other message is taken for the tracer's
-PART_BYTES = 4096 + 256 * 2 * KEPT  # the most that a rank's part of the file may take
+LEGS = 1 << 17  # that a link keeps
+PART_BYTES = 4096 + 256 * (2 * KEPT + LEGS)  # the most that a rank's part of the file may take
 
 
-def make_tracer(link, stats: Stats) -> "Tracer | None":
+def make_tracer(link, stats: Stats, legs=list) -> "Tracer | None":
     """Return the tracer of a new ring, None where RINGKERN_TRACE is not set.
 
     Raises:
@@ -31,7 +32,7 @@ def make_tracer(link, stats: Stats) -> "Tracer | None":
         TransportError: a rank is gone or late.
     """
     path = env.trace()
-    return Tracer(path, link, stats) if path else None
+    return Tracer(path, link, stats, legs=legs) if path else None
 
 
 class Tracer:
@@ -39,16 +40,19 @@ class Tracer:
 
     Args:
         path: what rank 0 writes; absolute.
-        link: the ring's transport.
+        link: the ring's transport, for host memory.
         stats: whose events these are; keeps more of them from now on.
         clock: what the events' times were taken from, ns.
+        legs: returns those of a ring of GPUs over TCP since it was asked last, as DeviceLink.legs().
     """
 
-    def __init__(self, path: str, link, stats: Stats, clock=time.monotonic_ns):
+    def __init__(self, path: str, link, stats: Stats, clock=time.monotonic_ns, legs=list):
         self._path, self._link, self._stats, self._clock = path, link, stats, clock
+        self._legs = legs
         self._pid, self._finished = os.getpid(), False
         self._zero_ns, self._ring = clock(), int.from_bytes(os.urandom(7), "little")
         stats.keep(KEPT)
+        legs()  # recorded from now on
         self._start = self._end = self._measure_offset()
         atexit.register(self._at_exit)
 
@@ -111,7 +115,7 @@ class Tracer:
     def _part(self) -> tuple[dict, str]:
         """Return this rank's facts, and its events as text."""
         offsets = self._start, self._end
-        events = self._stats.events
+        events, legs = self._stats.events, [Leg(*leg) for leg in self._legs()]
         facts = {
             "rank": self._link.rank,
             "world_size": self._link.world_size,
@@ -123,7 +127,8 @@ class Tracer:
             "clock_error_us": [offset.error_ns / 1e3 for offset in offsets],
         }
         alignment = Alignment(*offsets)
-        text = trace.render(facts, events, self._stats.finished, alignment, self._zero_ns)
+        kept = events, self._stats.finished, legs
+        text = trace.render(facts, *kept, alignment, self._zero_ns)
         return facts, text
 
     # ---- between the ranks. Rank 0 has the clock that counts, and the others turn to it in order.
