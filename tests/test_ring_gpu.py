@@ -1,6 +1,7 @@
 """Rings of GPUs, on a host with one: alone over NCCL, several processes by TCP and by NCCL."""
 
 import os
+import signal
 
 import pytest
 import ringkern
@@ -10,7 +11,8 @@ from close import assert_close, assert_lse_close
 from ringkern import _C
 from ringkern.gpu import nccl_path
 from ringkern.kernels import reference
-from ringkern.launch import launch
+from ringkern.launch import launch, run_ranks
+from test_faults import regroup
 from threads import HARDWARE
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="no GPU here")
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.skipif(not ON_GPU, reason="no GPU here")
 METHODS = "pass_kv", "pass_q", "gather_kv", "gather_q"
 LENGTHS = {"a": 1021, "b": 3, "c": 130}
 HEADS, HEADDIM = (8, 2, 2), 128
+FAULT_TIMEOUT_S = 10.0
 
 
 class Session:
@@ -157,6 +160,45 @@ def check_captured_passes(ring):
         del graph, out
 
 
+def suffer(worker, transport, number, victim):
+    """A rank dies or stops while others' kernels wait for it; who is left makes a new ring."""
+    if transport == "nccl":
+        several_on_one_gpu(worker.rank)
+    given = dict(transport=transport, device="cuda:0", profile=HARDWARE)
+    ring = ringkern.init_ring(timeout_s=FAULT_TIMEOUT_S, **given)
+    session = Session(ring, torch.bfloat16, "pass_kv")
+    session.feed(plan := session.placement.prefill(LENGTHS))
+    session.check(plan, session.step(plan), "before the fault")
+    theirs = torch.arange(1 << 20, device=ring.device)
+    if ring.rank == victim:
+        os.kill(os.getpid(), number)
+    with pytest.raises(ringkern.TransportError) as first:
+        while True:
+            session.feed(plan := session.placement.decode(list(LENGTHS)))
+            session.step(plan)
+            torch.cuda.synchronize()  # which ends: kernels do not wait for ever
+    with pytest.raises(ringkern.TransportError) as later:
+        ring.barrier()
+    ring.close()
+    torch.cuda.synchronize()
+    assert torch.equal(theirs.cpu(), torch.arange(1 << 20)), "memory of others was touched"
+    with regroup(ring.rank, ring.world_size, victim, **given) as again:
+        check_freed_memory(again)
+    return first.value.origin, str(first.value), str(later.value)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "nccl"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["SIGKILL", "SIGSTOP"])
+def test_survivors_of_a_rank_that_broke_under_kernels(transport, number):
+    if transport == "nccl":
+        need_nccl()
+    answers = run_ranks(suffer, 3, transport, number, 2, timeout_s=200, lost=(2,))
+    for answer in answers[:2]:
+        assert answer.answered and not answer.error, f"rank {answer.rank}: {answer}"
+        origin, text, later = answer.value
+        assert origin == 2 and "rank 2" in text and later == text
+
+
 def need_nccl():
     """Skip the test where no NCCL will do."""
     try:
@@ -165,12 +207,19 @@ def need_nccl():
         pytest.skip(f"no NCCL here: {error}")
 
 
+def several_on_one_gpu(rank):
+    """Let NCCL put several ranks on one GPU: they look like hosts of their own."""
+    os.environ |= {"NCCL_HOSTID": str(rank), "NCCL_SOCKET_IFNAME": "lo"}
+    os.environ |= {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0"}
+    os.environ |= {"NCCL_MAX_CTAS": "1"}
+
+
 def alone(worker):
     with ringkern.init_ring(transport="nccl", device="cuda:0", profile=HARDWARE) as ring:
         check_methods(ring)
         check_no_synchronisation(ring)
         check_freed_memory(ring)
-        for method in ("gather_q", "pass_q"):
+        for method in METHODS:
             check_graphs(ring, method)
         check_captured_passes(ring)
         # A world of one sends nothing in a call; the transport itself does.
@@ -197,14 +246,12 @@ def test_ranks_on_one_gpu_over_tcp(world_size):
 
 
 def by_nccl(worker):
-    os.environ |= {"NCCL_HOSTID": str(worker.rank), "NCCL_SOCKET_IFNAME": "lo"}
-    os.environ |= {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0"}
-    os.environ |= {"NCCL_MAX_CTAS": "1"}
+    several_on_one_gpu(worker.rank)
     with ringkern.init_ring(transport="nccl", device="cuda:0", profile=HARDWARE) as ring:
         check_methods(ring)
         check_no_synchronisation(ring)
         check_freed_memory(ring)
-        for method in ("gather_q", "pass_q"):
+        for method in METHODS:
             check_graphs(ring, method)
         check_captured_passes(ring)
 
