@@ -1,54 +1,16 @@
 """The cases: what is measured, under ids that stay. A record names the case that made it."""
 
 import fnmatch
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from ringkern.errors import check
 from ringkern.schedule import METHODS
 
-from bench import gpu, host, memory, operation, planning, ring, staged, stages, transport
+from bench import host, memory, planning, ring, stages, transport
 from bench.calibration import CALIBRATE
-from bench.gpu_decode import DECODE
-from bench.gpu_merge import MERGE
-from bench.gpu_pack import PACK
-from bench.gpu_step import ATTN_STEP
+from bench.case import Case
+from bench.gpu_cases import device_exchange, gpu_cases, overlap_case
 from bench.paper import PAPER_PASS_Q, UNPADDED, hides_kv
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of measurements: some implementations of one operation, on the same inputs."""
-
-    id: str
-    operation: operation.Operation
-    shape: dict[str, int]
-    world_size: int
-    dtype: str | None = None
-    impls: tuple[str, ...] = ("ringkern",)
-    peer: str | None = None  # of impls, that the others are held against
-    repetitions: int = 10
-    calls: int = 1  # timed calls in each repetition
-    warmup: int = 2  # repetitions before
-    measure: Callable = operation.measure  # (session, case) -> impl -> Measurement
-    in_ranks: bool = True  # measure() is for every rank to call; else for the program itself
-    alone: str | None = None  # of impls, what one process does with the threads of all ranks
-    layout: str | None = "zigzag"
-    transport: str | None = "tcp"
-    link_mbit: int | None = None  # a shaped link between ranks; None: loopback
-    session: str | None = None  # cases of one session share processes, rings and a profile
-    on_gpu: bool = False
-    needs: str | None = None  # a package that may not be there
-    quick: dict[str, int] = field(default_factory=dict)  # sizes that only try the machinery
-    # impl -> record field -> what it should be at most
-    targets: dict[str, dict[str, float]] = field(default_factory=dict)
-
-
-def tiny(case: Case) -> Case:
-    """Return the case in sizes that take no time, for one or three ranks: numbers mean nothing."""
-    world_size = case.world_size if not case.in_ranks or case.world_size == 1 else 3
-    counts = dict(world_size=world_size, repetitions=2, calls=min(case.calls, 3), warmup=1)
-    return replace(case, shape=case.shape | case.quick, targets={}, **counts)
 
 
 def select(patterns: list[str]) -> list[Case]:
@@ -97,22 +59,6 @@ def _options() -> Case:
         layout=None,
         repetitions=20,
         quick={"nbytes": 64 * KIB},
-    )
-
-
-def _device_exchange() -> Case:
-    return Case(
-        "exchange_device/tcp/w2/64MiB",
-        staged.EXCHANGE_DEVICE,
-        {"nbytes": 64 * MIB},
-        2,
-        "int64",
-        impls=tuple(staged.IMPLS),
-        peer="host",
-        targets={"ringkern": {"ratio": 1.25}},
-        layout=None,
-        repetitions=20,
-        quick={"nbytes": 3 * MIB + 24},
     )
 
 
@@ -274,98 +220,6 @@ def _host(what: str, most_us: float, world_size: int = 4, aimed=METHODS, **optio
     )
 
 
-# ---- kernels on a GPU. What a kernel should reach of a ceiling is a target on its inverse.
-
-
-def _gpu(operation_, name: str, shape: dict, quick: dict, peers=(), least=None, **options) -> Case:
-    targets = {"ringkern": {"detail.over_floor": round(1 / least, 4)}} if least else {}
-    usual = dict(impls=("ringkern", *peers), targets=targets, quick=quick, measure=gpu.measure)
-    usual |= dict(repetitions=30, calls=1, warmup=1)
-    usual |= dict(in_ranks=False, on_gpu=True, layout=None, transport=None)
-    return Case(f"gpu/{name}/bfloat16", operation_, shape, 1, "bfloat16", **usual | options)
-
-
-ATTENTION_PEERS = ("torch_cudnn", "torch_flash", "flash_attn", "flash_attn_4", "flashinfer")
-
-
-def gpu_step(
-    kind: str, batch: int, seqlen_q: int, seqlen_k: int, nheads=64, nheads_k=8, headdim=128,
-    peers=(), **options,
-) -> Case:  # fmt: skip
-    """Return a case of one step. kind: "full", "causal", or "seeded": full, on a running state."""
-    shape = dict(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, nheads=nheads)
-    shape |= dict(nheads_k=nheads_k, headdim=headdim, causal=int(kind == "causal"))
-    sizes = f"b{batch}/q{seqlen_q}/k{seqlen_k}/h{nheads}/hk{nheads_k}/d{headdim}"
-    quick = dict(batch=1, seqlen_q=min(seqlen_q, 40), seqlen_k=40 if kind == "causal" else 72)
-    quick |= dict(nheads=4, nheads_k=2, headdim=min(headdim, 32))
-    return _gpu(ATTN_STEP, f"step/{kind}/{sizes}", shape, quick, peers, **options)
-
-
-def gpu_decode(
-    batch: int, cached: int, queries=1, page_size=64, nheads=64, nheads_k=8, headdim=128, peers=(),
-    **options,
-) -> Case:  # fmt: skip
-    """Return a case of decode against paged K and V."""
-    shape = dict(batch=batch, queries=queries, cached=cached, page_size=page_size, nheads=nheads)
-    shape |= dict(nheads_k=nheads_k, headdim=headdim)
-    sizes = f"b{batch}/q{queries}/P{cached}/page{page_size}/h{nheads}/hk{nheads_k}/d{headdim}"
-    # One sequence long enough to be split, of some more no page is full.
-    quick = dict(
-        batch=min(batch, 2), cached=520 if batch == 1 else 37, page_size=min(page_size, 32)
-    )
-    quick |= dict(nheads=4, nheads_k=2, headdim=min(headdim, 32))
-    return _gpu(DECODE, f"decode/{sizes}", shape, quick, peers, **options)
-
-
-def gpu_merge(
-    parts: int, tokens: int, nheads=64, headdim=128, seeded=False, peers=(), **options
-) -> Case:
-    """Return a case of merging parts. seeded: into a running float32 state."""
-    shape = dict(parts=parts, tokens=tokens, nheads=nheads, headdim=headdim, seeded=int(seeded))
-    name = f"merge/{'state' if seeded else 'parts'}{parts}/s{tokens}/h{nheads}/d{headdim}"
-    quick = dict(tokens=3, nheads=2, headdim=min(headdim, 32))
-    return _gpu(MERGE, name, shape, quick, peers, **options)
-
-
-def gpu_pack(kind: str, rows: int, page_size=64, nheads_k=8, headdim=128, **options) -> Case:
-    """Return a case of copying rows of a cache. kind: "gather" or "scatter"."""
-    shape = dict(rows=rows, page_size=page_size, nheads_k=nheads_k, headdim=headdim)
-    shape["gathers"] = int(kind == "gather")
-    name = f"pack/{kind}/s{rows}/page{page_size}/hk{nheads_k}/d{headdim}"
-    quick = dict(rows=40, page_size=8, nheads_k=2)
-    return _gpu(PACK, name, shape, quick, ("torch",), **options)
-
-
-def _gpu_cases():
-    """About 8 minutes on one GPU, what peers compile included."""
-    k = 1024
-    every = dict(peers=ATTENTION_PEERS)
-    yield gpu_step("full", 1, 16 * k, 16 * k, least=0.60, **every)
-    yield gpu_step("causal", 1, 16 * k, 16 * k, least=0.55, **every)
-    for seqlen, most in ((16 * k, {"ringkern+middle": {"ratio": 1.03}}), (4 * k, {})):
-        impls = ("ringkern+middle", "ringkern+first", "ringkern")
-        options = dict(impls=impls, peer="ringkern+first", targets=most)
-        yield gpu_step("seeded", 1, seqlen, seqlen, **options)
-    for headdim in (64, 256):
-        for kind in ("full", "causal"):
-            yield gpu_step(kind, 1, 8 * k, 8 * k, headdim=headdim, **every)
-    yield gpu_step("causal", 8, 2 * k, 2 * k, **every)
-    yield gpu_step("full", 1, 64, 128 * k, **every)
-    yield gpu_step("full", 1, 512, 128 * k, **every)
-    yield gpu_decode(16, 32 * k, least=0.85, **every)
-    yield gpu_decode(1, 128 * k, least=0.80, **every)
-    yield gpu_decode(1, 8 * k, **every)
-    yield gpu_decode(64, 4 * k, **every)
-    yield gpu_decode(16, 32 * k, page_size=16, **every)
-    yield gpu_decode(16, 32 * k, queries=4, **every)
-    merges = dict(least=0.85, peers=("torch", "flashinfer"))
-    yield gpu_merge(8, 16 * k, **merges)
-    yield gpu_merge(1, 16 * k, seeded=True, **merges)
-    yield gpu_merge(64, 64)  # as a decode step's splits
-    yield gpu_pack("gather", 256 * k, least=0.85)
-    yield gpu_pack("scatter", 256 * k, least=0.85)
-
-
 DTYPES = ("float32", "bfloat16")
 RING_TARGETS = {"ringkern": {"ratio": 1.10}}
 
@@ -375,7 +229,8 @@ CASES = (
     _exchange("8B", 2, 8, 0.5, repetitions=20, calls=500),
     _exchange("16MiB", 4, 16 * MIB, 1.0, repetitions=20),
     _options(),
-    _device_exchange(),
+    device_exchange(),
+    *(overlap_case("tcp", 2, link) for link in (RDMA_LIKE, TCP_LIKE)),
     *(_ring(1024, dtype, calls=5) for dtype in DTYPES),  # short: where waiting shows
     *(_ring(n, dtype, targets=RING_TARGETS) for n in (8192, 16384) for dtype in DTYPES),
     *(_memory(world_size, dtype) for dtype in DTYPES for world_size in (1, 2, 4, 8)),
@@ -394,5 +249,5 @@ CASES = (
     _plan(1, 1 << 20, 128),
     _plan(1000, 1000, 1),
     _plan_history(1000, 1 << 20),
-    *_gpu_cases(),
+    *gpu_cases(),
 )

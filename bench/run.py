@@ -14,6 +14,7 @@ from ringkern.errors import ArgumentError
 from ringkern.launch import launch
 
 from bench import cases, gpu, links, machine, record, summary
+from bench.case import Case, tiny
 from bench.measurement import combine
 from bench.session import Session
 
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     return Run(args).run(chosen)
 
 
-def why_not(case: cases.Case, quick: bool) -> str | None:
+def why_not(case: Case, quick: bool) -> str | None:
     """Return why a case cannot run on this machine; None where it can."""
     if case.link_mbit:
         return links.why_not()
@@ -64,7 +65,7 @@ def why_not(case: cases.Case, quick: bool) -> str | None:
     return gpu.why_not(quick) if case.on_gpu else None
 
 
-def run_rank(worker, chosen: list[cases.Case], shaped: links.Links | None, quick: bool) -> None:
+def run_rank(worker, chosen: list[Case], shaped: links.Links | None, quick: bool) -> None:
     """Measure cases on this rank, and say what each measured as soon as it is done."""
     if shaped:
         shaped.join(worker.rank)
@@ -94,9 +95,9 @@ class Run:
         self._began = time.monotonic()
         self._longest_s = 0.0  # of what has run
 
-    def run(self, chosen: list[cases.Case]) -> int:
+    def run(self, chosen: list[Case]) -> int:
         """Run the cases; return 1 if any failed."""
-        chosen = [cases.tiny(case) for case in chosen] if self.args.quick else chosen
+        chosen = [tiny(case) for case in chosen] if self.args.quick else chosen
         for batch in self._batches(chosen):
             reason = why_not(batch[0], self.args.quick) or self._why_no_time()
             if reason:

@@ -207,6 +207,29 @@ def hidden(records: list[dict]) -> list[str]:
     return _table(rows)
 
 
+def overlap(records: list[dict]) -> list[str]:
+    """A ring step against its attention and its messages alone."""
+    rows = [
+        ["over", "ranks", "attention", "messages", "both, as a step", "of the longer", "asked for"]
+    ]
+    for one in _of(records, "step"):
+        alone = [
+            _find(records, one["case"], impl)["time_us"]["p50"] for impl in ("compute", "transfer")
+        ]
+        step = one["time_us"]["p50"]
+        rows.append(
+            [
+                one["link"] if "shaped" in one["link"] else f"{one['transport']}, {one['link']}",
+                one["world_size"],
+                *map(_time, alone),
+                _time(step),
+                f"{step / max(alone):.2f} x",
+                f"1.05 x{_verdict(one)}",
+            ]
+        )
+    return _table(rows)
+
+
 def host(records: list[dict]) -> list[str]:
     """What a decode step and a layer's call cost in Python, by method; in a graph on 8 ranks."""
     rows = [
@@ -229,7 +252,7 @@ def kernels(records: list[dict]) -> list[str]:
     """Kernels on a GPU against what the card does at best, and others' in the same run."""
     rows = [["case", "kernel", "p50", "rate", "of the ceiling", "asked for", "others' rate"]]
     for one in records:
-        if not one["impl"].startswith("ringkern"):
+        if not one["impl"].startswith("ringkern") or "over_floor" not in one["detail"]:
             continue
         others = [r for r in records if r["case"] == one["case"] and r is not one]
         rows.append(
@@ -277,6 +300,8 @@ TABLES = {
     "decode": ("decode/", decode),
     "host": ("host/", host),
     "kernels": ("gpu/", kernels),
+    "overlap": ("overlap/", overlap),
+    "overlap_gpu": ("gpu/overlap/", overlap),
 }
 
 

@@ -18,7 +18,8 @@ import torch
 from ringkern.kernels import configs
 from ringkern.kernels.configs import Config
 
-from bench import cases, gpu, machine, tune_table
+from bench import gpu, gpu_cases, machine, tune_table
+from bench.case import Case, tiny
 from bench.tune_table import Key, Trial
 
 SOURCE = machine.ROOT / "kernels" / "configs.py"
@@ -150,29 +151,31 @@ def candidates(key: Key, family: str, quick: bool = False) -> list[Config]:
     return found[:2] if quick else found
 
 
-def workloads(key: Key, quick: bool = False) -> list[cases.Case]:
+def workloads(key: Key, quick: bool = False) -> list[Case]:
     """Return the cases by whose times a configuration is chosen."""
     heads = dict(nheads=32, nheads_k=8, headdim=key.headdim)
     dtype = "float32" if key.bits == 32 else "bfloat16"
     length = 4096 if key.bits == 32 else 8192
     if key.kernel == "step" and key.rows is not None:
         queries = key.rows * heads["nheads_k"] // heads["nheads"]
-        found = [cases.gpu_step("full", 1, queries, SHORT_KEYS[key.bits], **heads)]
+        found = [gpu_cases.gpu_step("full", 1, queries, SHORT_KEYS[key.bits], **heads)]
     elif key.kernel == "step":
-        found = [cases.gpu_step(kind, 1, length, length, **heads) for kind in ("full", "causal")]
+        found = [
+            gpu_cases.gpu_step(kind, 1, length, length, **heads) for kind in ("full", "causal")
+        ]
     elif key.kernel == "decode":
         sizes = ((16, 8192, 1), (1, 65536, 1), (16, 8192, 4))
-        found = [cases.gpu_decode(*some, page_size=64, **heads) for some in sizes]
+        found = [gpu_cases.gpu_decode(*some, page_size=64, **heads) for some in sizes]
     elif key.kernel == "merge":
         sizes = dict(tokens=8192, nheads=32, headdim=key.headdim)
-        found = [cases.gpu_merge(1, seeded=True, **sizes), cases.gpu_merge(8, **sizes)]
+        found = [gpu_cases.gpu_merge(1, seeded=True, **sizes), gpu_cases.gpu_merge(8, **sizes)]
     else:
-        found = [cases.gpu_pack(kind, 65536) for kind in ("gather", "scatter")]
+        found = [gpu_cases.gpu_pack(kind, 65536) for kind in ("gather", "scatter")]
     if key.kernel == "pack":  # which moves words, whatever they are
         dtype = "bfloat16"
     changes = dict(dtype=dtype, impls=(IMPLS[key.phase],))
     found = [dataclasses.replace(case, **changes) for case in found]
-    return [cases.tiny(case) for case in found] if quick else found
+    return [tiny(case) for case in found] if quick else found
 
 
 @contextlib.contextmanager

@@ -24,11 +24,12 @@ from bench import (  # noqa: E402
     summary,
     tables,
 )
+from bench.case import tiny  # noqa: E402
 from bench.measurement import Measurement  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 no_gpu = pytest.mark.skipif(ON_GPU, reason="is about machines without a GPU")
-GPU_CASES = [case for case in cases.CASES if case.on_gpu]
+GPU_CASES = [case for case in cases.CASES if case.on_gpu and not case.in_ranks]  # kernels
 FACTS = {"run": "r1", "versions": {"ringkern": "0+g0", "torch": "0"}, "env": {}, "note": ""}
 FACTS["machine"] = {"cpu": "a CPU", "cores": 2, "congestion_control": "cubic"}
 
@@ -146,7 +147,7 @@ def test_the_roofline_is_the_higher_of_two_floors():
 
 def spoil(glob, spoiled):
     """Measure a tiny case whose calls of ours are spoiled afterwards."""
-    case = cases.tiny(find(glob))
+    case = tiny(find(glob))
     inner = case.operation.call
 
     def call(state, impl, index):
@@ -179,7 +180,7 @@ def test_a_wrong_result_is_seen(glob, spoiled):
 
 
 def test_a_peer_that_is_wrong_or_refuses_is_named():
-    case = cases.tiny(find("gpu/pack/gather/*"))
+    case = tiny(find("gpu/pack/gather/*"))
 
     def wrong(state):
         return lambda: state.packed.copy_(state.cache[state.slots] + 1)
@@ -202,7 +203,7 @@ def test_a_peer_that_is_wrong_or_refuses_is_named():
 
 
 def test_a_kernel_that_fails_fails_its_case_alone(monkeypatch, capsys, tmp_path):
-    case = cases.tiny(find("gpu/pack/gather/*"))
+    case = tiny(find("gpu/pack/gather/*"))
 
     def call(state, impl, index):
         raise ValueError("slots: want int64")
