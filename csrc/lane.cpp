@@ -10,6 +10,12 @@
 #include "link.h"
 
 namespace ringkern {
+namespace {
+
+// Below the least window that TCP begins with, so that as much can always come.
+constexpr std::size_t kMostLowWater = std::size_t{32} << 10;
+
+}  // namespace
 
 Lane::Lane(Link& link, Loop& loop, Socket socket, int index)
     : link_(link), index_(index), socket_(std::move(socket)), watch_(loop, socket_.fd(), this) {
@@ -119,7 +125,18 @@ void Lane::pull(std::size_t* budget) {
     take(static_cast<std::size_t>(n));
     if (emptied) break;
   }
+  update_low_water();
   update_watch();
+}
+
+// Nobody needs a part of a piece, and on a slow link each packet would wake the thread, which takes
+// a core from those who compute.
+void Lane::update_low_water() {
+  const std::size_t left = in_payload_ ? in_.nbytes - in_done_ : 1;
+  const std::size_t wanted = std::min(left, kMostLowWater);
+  if (wanted == low_water_) return;
+  socket_.set_low_water(wanted);
+  low_water_ = wanted;
 }
 
 void Lane::take(std::size_t nbytes) {

@@ -40,6 +40,7 @@ class Lane : private Handler {
   void finish_piece();
   void end(const std::string& why);
   void update_watch();
+  void update_low_water();
 
   Link& link_;
   const int index_;
@@ -61,6 +62,7 @@ class Lane : private Handler {
   std::size_t in_done_ = 0;
   std::uint32_t in_crc_ = 0;
   bool in_payload_ = false;
+  std::size_t low_water_ = 1;  // bytes that must have come for the loop to wake
 
   bool paused_ = false;  // the next piece waits for its receive to be posted
   bool ended_ = false;

@@ -169,6 +169,10 @@ void Socket::tune(std::chrono::milliseconds unacked) {
   }
 }
 
+void Socket::set_low_water(std::size_t nbytes) {
+  set_option(fd_, SOL_SOCKET, SO_RCVLOWAT, static_cast<int>(nbytes));
+}
+
 int Socket::take_error() {
   int error = 0;
   socklen_t size = sizeof(error);

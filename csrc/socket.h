@@ -56,6 +56,10 @@ class Socket {
   // take none of what was written. Best effort: a kernel that lacks an option still moves bytes.
   void tune(std::chrono::milliseconds unacked);
 
+  // From now on the socket is readable when so many bytes are there, or no more can come. Best
+  // effort, like tune().
+  void set_low_water(std::size_t nbytes);
+
   // The error that a non-blocking connect ended with; 0 when it is connected.
   int take_error();
 
