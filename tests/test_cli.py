@@ -1,11 +1,14 @@
 """The commands: what they accept, print and return."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 
 import pytest
 from ringkern import cli, profile
+from ringkern.launch import launch
 
 
 def options(parser):
@@ -122,6 +125,27 @@ def test_calibrate_writes_a_profile(capsys, tmp_path):
     code, out, _ = run(capsys, *argv)
     assert code == 0
     assert profile.load(str(path)) == profile.load(json.loads(out))
+
+
+def calibrate_here(worker, path, *more):
+    """Run the command as torchrun would, on every rank; return (code, what it printed)."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        code = cli.main(["calibrate", "--seconds", "0.2", "--out", path, "--json", *more])
+    return code, out.getvalue()
+
+
+def test_calibrate_measures_torchrun_s_ranks(tmp_path):
+    path = tmp_path / "profile.json"
+    (code, out), *others = launch(calibrate_here, 3, str(path), threads=1, timeout_s=60)
+    assert code == 0 and others == [(0, "")] * 2, "one rank writes, and says so"
+    assert profile.load(str(path)) == profile.load(json.loads(out))
+    for more, match in (
+        (("--ranks", "2"), "ranks: want 3, as torchrun started, or none given, got 2"),
+        (("--threads", "2"), "threads: want none under torchrun, got 2. Set OMP_NUM_THREADS."),
+    ):
+        for code, out in launch(calibrate_here, 3, str(path), *more, threads=1, timeout_s=60):
+            assert code == 2 and match in out
 
 
 def test_trace_runs_every_stage_and_writes_a_trace(capsys, tmp_path):

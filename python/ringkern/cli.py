@@ -4,10 +4,12 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 import pathlib
 import sys
 
 import ringkern
+from ringkern import env
 from ringkern.errors import ArgumentError, RingkernError, UnsupportedError, check
 
 
@@ -64,17 +66,18 @@ def make_parser() -> argparse.ArgumentParser:
 
     calibrate = commands.add_parser(
         "calibrate",
-        help="measure a ring of processes on this host and write its profile",
-        description="Measure attention, merges and exchanges of a ring of processes on this host, "
-        "and write the profile that the choice of method is made from. In a program of your own, "
-        "ringkern.calibrate.measure(ring) measures the ring that it runs on.",
+        help="measure a ring and write its profile",
+        description="Measure attention, merges and exchanges of a ring, and write the profile that "
+        "the choice of method is made from: of the ranks that torchrun started, on however many "
+        "hosts (torchrun ... --no-python ringkern calibrate), else of processes on this host. In a "
+        "program of your own, ringkern.calibrate.measure(ring) measures the ring that it runs on.",
     )
-    calibrate.add_argument("--ranks", type=int, default=4, help="processes (default: 4)")
-    calibrate.add_argument("--threads", type=int, default=1, help="per process (default: 1)")
+    calibrate.add_argument("--ranks", type=int, help="processes (default: torchrun's, or 4)")
+    calibrate.add_argument("--threads", type=int, help="per process (default: torchrun's, or 1)")
     calibrate.add_argument(
         "--device",
-        default="cpu",
-        help="cpu, cuda (a GPU for each process), cuda:0 (default: cpu)",
+        help="cpu, cuda (a GPU for each process), cuda:0 (default: what init_ring() takes under "
+        "torchrun, else cpu)",
     )
     calibrate.add_argument("--seconds", type=float, default=3.0, help="to measure (default: 3)")
     calibrate.add_argument(
@@ -241,22 +244,40 @@ def _demo(args) -> int:
     )
 
 
-def measure_rank(worker, seconds: float, device: str):
-    """Return the profile of a ring of ranks that launch() started."""
+def measure_rank(worker, seconds: float, device: str | None):
+    """Return the profile of the ring of all ranks, and whether this is the rank to write it."""
     from ringkern import api, calibrate
 
     with api.init_ring(device=device) as ring:
-        return calibrate.measure(ring, seconds)
+        return calibrate.measure(ring, seconds), ring.rank == 0
+
+
+def _measure_ring(args):
+    """Return what measure_rank() does, of torchrun's ranks or of processes started here."""
+    from ringkern import gpu, launch
+
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        _, world_size, *_ = env.torchrun()
+        ok = args.ranks in (None, world_size)
+        check(ok, "ranks", f"{world_size}, as torchrun started, or none given", args.ranks)
+        want, hint = "none under torchrun", "Set OMP_NUM_THREADS."
+        check(args.threads is None, "threads", want, args.threads, hint)
+        return measure_rank(None, args.seconds, args.device)
+    ranks = 4 if args.ranks is None else args.ranks
+    check(ranks >= 1, "ranks", "at least 1", ranks)
+    device = args.device or "cpu"
+    gpu.pick_device(device, "auto")  # here, where a device that cannot be is the user's error
+    threads = 1 if args.threads is None else args.threads
+    return launch.launch(measure_rank, ranks, args.seconds, device, threads=threads)[0]
 
 
 def _calibrate(args) -> int:
-    from ringkern import gpu, launch, profile
+    from ringkern import profile
 
-    check(args.ranks >= 1, "ranks", "at least 1", args.ranks)
     check(args.seconds > 0, "seconds", "more than 0", args.seconds)
-    gpu.pick_device(args.device, "auto")  # here, where a device that cannot be is the user's error
-    work = measure_rank, args.ranks, args.seconds, args.device
-    hardware = launch.launch(*work, threads=args.threads)[0]
+    hardware, writes = _measure_ring(args)
+    if not writes:
+        return 0
     profile.save(hardware, args.out)
     found = dataclasses.asdict(hardware)
     if args.json:
