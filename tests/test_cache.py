@@ -235,7 +235,7 @@ def change_between_layers(ring):
     placement.truncate("a", 4)
     stuck = placement.decode(["a"])
     attend(ring, stuck, cache, 0)
-    cases = [(lambda: attend(ring, stuck, cache, 1), "layer: want.*Truncate all of that plan")]
+    cases = [(lambda: attend(ring, stuck, cache, 1), "layer: want.*Truncate all tokens of plan")]
     check_refusals(ring, placement, cache, cases)
     placement.truncate("a", 0)
     again = placement.prefill({"a": 7})
@@ -272,10 +272,20 @@ def skip_layers(ring):
     # A copy of a page would miss what is not written yet.
     placement.fork("b", "fork")
     forked = placement.decode(["fork", "b"])
-    cases = [(lambda: attend(ring, forked, cache, 0), f"Run plan {last.serial} in every layer")]
+    cases = [
+        (lambda: attend(ring, forked, cache, 0), f"Run plan {last.serial} in every layer first")
+    ]
     check_refusals(ring, placement, cache, cases)
     for plan in (first, later, last):
         attend(ring, plan, cache, 1)
+    # What becomes of a fork is nothing to the plan that it was made on top of.
+    plan = placement.prefill({"whole": 5})
+    attend(ring, plan, cache, 0)
+    for name in ("freed", "cut"):
+        placement.fork("whole", name)
+    placement.free("freed")
+    placement.truncate("cut", 2)
+    attend(ring, plan, cache, 1)
     # Full pages are not copied, and a fork needs its layers all the same.
     full = placement.prefill({"full": 4 * ring.world_size})
     attend(ring, full, cache, 0)

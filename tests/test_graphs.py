@@ -25,7 +25,6 @@ pytestmark = pytest.mark.skipif(bool(why_no_stubs()), reason=why_no_stubs() or "
 
 HEADS = 4, 2, 2  # of q, k and v
 HEADDIM = 16
-LAYERS = 1
 LENGTHS = {"a": 9, "b": 2, "c": 5}  # of three ranks some hold no key of b
 
 
@@ -53,18 +52,18 @@ class Again(DecodeGraphs):
 class Session:
     """A cache with three sequences in it, and their keys so far."""
 
-    def __init__(self, ring, method="gather_q", num_pages=32):
-        self.ring, self.options = ring, dict(method=method)
+    def __init__(self, ring, method="gather_q", num_pages=32, num_layers=1):
+        self.ring, self.options, self.layers = ring, dict(method=method), range(num_layers)
         self.placement = ringkern.Placement(ring.world_size)
         self.cache = ringkern.KVCache(
-            ring, self.placement, num_layers=LAYERS, nheads_k=2, headdim=HEADDIM, dtype=torch.float32,
+            ring, self.placement, num_layers=num_layers, nheads_k=2, headdim=HEADDIM, dtype=torch.float32,
             num_pages=num_pages, page_size=4,
         )  # fmt: skip
         self.draw = torch.Generator().manual_seed(1)
         self.whole = {name: [] for name in LENGTHS}
         plan = self.placement.prefill(LENGTHS)
         self.feed(plan)
-        for layer in range(LAYERS):
+        for layer in self.layers:
             ring.attn(*self.mine, plan, cache=self.cache, layer=layer, method="pass_kv")
 
     def feed(self, plan) -> None:
@@ -77,7 +76,7 @@ class Session:
 
     def step(self, plan):
         given = dict(cache=self.cache) | self.options
-        return [self.ring.attn(*self.mine, plan, layer=layer, **given) for layer in range(LAYERS)]
+        return [self.ring.attn(*self.mine, plan, layer=layer, **given) for layer in self.layers]
 
     def want(self, plan) -> torch.Tensor:
         """Return the new tokens' attention to all keys of their sequences, in packed order."""
@@ -255,6 +254,34 @@ def refuse(ring):
 def test_what_a_graph_cannot_do_is_refused(monkeypatch):
     monkeypatch.setenv("RINGKERN_BACKEND", "triton")
     run_stub(refuse, 2)
+
+
+def skip_a_layer(ring):
+    """A replay would attend to keys that nobody wrote: it is refused, and nothing has changed."""
+    session = Session(ring, num_layers=2)
+    graphs = Again(ring, session.cache, session.step)
+    for _ in range(3 * ring.world_size):
+        plan = session.placement.decode(["a"])
+        session.feed(plan)
+        graphs.run(plan)
+    assert graphs.replays
+    follow_up = session.placement.prefill({"a": 3})
+    session.feed(follow_up)
+    given, mine = dict(cache=session.cache, method="pass_kv"), session.mine
+    ring.attn(*mine, follow_up, layer=0, **given)
+    plan, before = session.placement.decode(["a"]), session.cache.stats()
+    with pytest.raises(ArgumentError, match=f"Run plan {follow_up.serial} in every layer first"):
+        graphs.run(plan)
+    assert session.cache.stats() == before
+    ring.attn(*mine, follow_up, layer=1, **given)
+    session.feed(plan)
+    want, out = session.want(plan), _layers(graphs.run(plan))[1]
+    assert_close(ring.unshard(out, plan), want, want.float(), name="after the follow-up")
+
+
+def test_a_graph_runs_on_top_of_whole_plans(monkeypatch):
+    monkeypatch.setenv("RINGKERN_BACKEND", "triton")
+    run_stub(skip_a_layer, 2)
 
 
 def over_tcp(ring):

@@ -250,6 +250,7 @@ def test_ids_can_be_used_again():
         (lambda p: p.decode(["a", "a"]), "sequences: want each once"),
         (lambda p: p.decode("a"), "sequences: want a list of sequence ids, got 'a'"),
         (lambda p: p.decode(5), "sequences: want a list"),
+        (lambda p: p.decode({"a"}), "sequences: want a list"),
         (lambda p: p.decode([["a"]]), "sequence: want an id that was prefilled"),
         (lambda p: p.fork("a", ["b"]), "new: want an id"),
         (lambda p: p.decode(["a", "x"]), "sequence: want an id that was prefilled.*'x'"),

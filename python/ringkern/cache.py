@@ -13,10 +13,22 @@ from ringkern.pages import PageTable
 from ringkern.placement import Placement
 from ringkern.plan import Plan
 from ringkern.problem import DTYPES
-from ringkern.reservation import Reservation, Unfinished, check_parents
+from ringkern.reservation import Progress, Unfinished, check_parents
 from ringkern.upload import upload
 
 _numbers = itertools.count()
+
+
+class _Reservation:
+    """Where one plan's tokens lie on this rank: made once, used by every layer."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.new_slots = None  # int64 tensor: of the new tokens, in local packed order
+        self.runs = None  # [n, 5], columns as in types.Run, with slots as offsets
+        self.slots = None  # int64 array: of all, in the order of plan.kv_runs()
+        self.all_slots = None  # the same as a tensor, once a layer gathers them
+        self.fits = set()  # problems that were checked
 
 
 class KVCache:
@@ -109,7 +121,7 @@ class KVCache:
             self._check_new(plan, self._new(plan))
             check_parents(self._unfinished.parents(plan.numbers), layer)
         else:
-            reservation.check_layer(layer)
+            reservation.progress.check_layer(layer)
 
     def _check_fit(self, ring, plan, problem) -> None:
         check(ring is self.ring, "cache", "one that was made for this ring", "another's")
@@ -129,7 +141,7 @@ class KVCache:
         Returns this layer's whole K and V by slot, [1, slots, nheads_k, headdim(_v)].
         """
         reservation = self._reservation(plan) or self._reserve(plan)
-        reservation.ran((layer,), self.num_layers)
+        reservation.progress.ran((layer,), self.num_layers)
         self.store(layer, reservation.new_slots, k, v)
         return self._k[layer], self._v[layer]
 
@@ -150,6 +162,9 @@ class KVCache:
         check(self._reservation(plan) is None, "plan", "one that has not run", plan.serial)
         new = self._new(plan)
         self._check_new(plan, new)
+        for before in self._unfinished.parents(plan.numbers):
+            want = "one on top of plans that have run in every layer"
+            check(False, "plan", want, f"plan {plan.serial}", before.missing())
         reservation = self._append(plan, new)
         mine, size = self._tables[self.ring.rank], self.page_size
         held = [mine.held(number) for number, _ in new[self.ring.rank]]
@@ -160,7 +175,7 @@ class KVCache:
 
     def ran(self, plan: Plan) -> None:
         """Note that a graph has run a plan, for which reserve() made room, in every layer."""
-        self._reservation(plan).ran(range(self.num_layers), self.num_layers)
+        self._reservation(plan).progress.ran(range(self.num_layers), self.num_layers)
 
     def runs(self, plan: Plan) -> np.ndarray:
         """Return where K and V of the plan's sequences lie on this rank.
@@ -197,7 +212,10 @@ class KVCache:
         return reservation.all_slots
 
     def gather(self, layer: int, slots: torch.Tensor, k_out, v_out) -> None:
-        """Copy K and V of slots, int64 [tokens], into [1, tokens, ...]; nothing of slot -1."""
+        """Copy K and V of slots, int64 [tokens], into [1, tokens, ...].
+
+        Of slot -1, which only tables of Triton's kernels have, nothing.
+        """
         local.gather_rows(self._k[layer], slots, k_out, self._backend)
         local.gather_rows(self._v[layer], slots, v_out, self._backend)
 
@@ -250,7 +268,7 @@ class KVCache:
 
     # ---- reserving
 
-    def _reservation(self, plan: Plan) -> Reservation | None:
+    def _reservation(self, plan: Plan) -> _Reservation | None:
         return plan.memo.get(("cache", self.number))
 
     def _check_new(self, plan: Plan, counts) -> None:
@@ -279,8 +297,7 @@ class KVCache:
                 before = self._unfinished.latest(number)
                 if before and table.must_copy(number):
                     want = "one on top of plans that have run in every layer, after a fork"
-                    hint = f"Run plan {before.serial} in every layer before its sequence goes on."
-                    check(False, "plan", want, f"plan {plan.serial}", hint)
+                    check(False, "plan", want, f"plan {plan.serial}", before.missing())
 
     def _new(self, plan: Plan) -> list[list[tuple[int, int]]]:
         """Return for each rank which sequences get new tokens there, and how many."""
@@ -293,7 +310,7 @@ class KVCache:
             new[rank].append((plan.numbers[row], count))
         return new
 
-    def _reserve(self, plan: Plan) -> Reservation:
+    def _reserve(self, plan: Plan) -> _Reservation:
         reservation = self._append(plan, self._new(plan))
         self._lay_out(plan, reservation)
         # The last tokens of each sequence here are the new ones.
@@ -302,22 +319,21 @@ class KVCache:
         reservation.new_slots = upload(reservation.slots[new], self.ring.device)
         return reservation
 
-    def _append(self, plan: Plan, counts) -> Reservation:
+    def _append(self, plan: Plan, counts) -> _Reservation:
         """Enter the plan into the books; counts as _new() returns them."""
-        reservation = plan.memo["cache", self.number] = Reservation(
-            plan, self._unfinished.parents(plan.numbers)
-        )
+        progress = Progress(plan, self._unfinished.parents(plan.numbers))
+        reservation = plan.memo["cache", self.number] = _Reservation(progress)
         for rank, (table, new) in enumerate(zip(self._tables, counts, strict=True)):
             for number, count in new:
                 copies = table.append(number, count)
                 for source, target in copies if rank == self.ring.rank else ():
                     self._copy_page(source, target)
-        for number, (_, end) in reservation.tokens.items():
+        for number, (_, end) in progress.tokens.items():
             self._lengths[number] = end
-        self._unfinished.enter(reservation)
+        self._unfinished.enter(progress)
         return reservation
 
-    def _lay_out(self, plan: Plan, reservation: Reservation) -> None:
+    def _lay_out(self, plan: Plan, reservation: _Reservation) -> None:
         runs = self._slot_runs(plan)
         before_run = np.cumsum(runs[:, 3]) - runs[:, 3]
         slots = np.repeat(runs[:, 1] - before_run, runs[:, 3]) + np.arange(runs[:, 3].sum())

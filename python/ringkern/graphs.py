@@ -48,13 +48,13 @@ class DecodeGraphs:
     first step of each kind runs as it is, the second is captured, and the others replay it with
     their lengths and pages in its tables. Every rank must run the same plans.
 
-    By pass_kv and gather_kv, K and V of a rank travel in whole pages, as many as a power of two: up
-    to twice what a call outside of a graph sends. When more are needed, a step is captured anew.
+    By pass_kv and gather_kv every rank sends as many pages of K and V, whole ones: those of the rank
+    that has most, up to the next power of two. When more are needed, a step is captured anew.
 
     Args:
         ring: over NCCL, for plans that run.
         cache: which every ring.attn() of a step is given; page_size divides 256.
-        step: step(plan) does a step: queues work on the current stream, reads its inputs from
+        step: step(plan) does a step in every layer of the cache: queues work on the current stream, reads its inputs from
             tensors that are the same in every call, of which this rank has plan.num_tokens(rank)
             rows, and returns tensors. Without windows; "auto" takes what is best for the first plan.
     """
@@ -90,7 +90,7 @@ class DecodeGraphs:
         shape = self._shapes.setdefault(self._key(plan), _Shape())
         shape.slots = self._cache.reserve(plan, shape.slots)
         programs, fixed = self._ring.programs, shape.fixed
-        if not fixed.programs or shape.moves_kv:
+        if not fixed.programs or (shape.moves_kv and self._ring.world_size > 1):
             pages = self._cache.most_pages(plan)
             if pages > fixed.wire_pages:
                 programs.release(fixed.programs)

@@ -34,9 +34,9 @@ class Placement:
 
     Of any sequence, any two ranks hold the same number of tokens, give or take one, over any mix of
     prefills and decodes. Where sequences begin, the odd tokens go to the ranks that hold fewest of
-    all sequences; where all begin, each is sharded as shard_sequence() does it. After truncate(),
-    which takes from where the last tokens lie, new tokens go where there are fewest of the
-    sequence's.
+    all sequences; while there are none, as for drop-in calls, each is sharded as shard_sequence()
+    does it, its odd tokens on the first ranks. After truncate(), which takes from where the last
+    tokens lie, new tokens go where there are fewest of the sequence's.
     """
 
     def __init__(self, world_size: int):
@@ -84,7 +84,9 @@ class Placement:
         Raises:
             ArgumentError: no sequence, one twice, or one that is not known. Nothing changed.
         """
-        ok = isinstance(sequences, Collection) and not isinstance(sequences, str | bytes)
+        # A set of strings has another order in each process.
+        ok = isinstance(sequences, Collection)
+        ok = ok and not isinstance(sequences, str | bytes | set | frozenset)
         check(ok, "sequences", "a list of sequence ids", repr(sequences))
         check(len(sequences) > 0, "sequences", "at least one sequence", "none")
         for sequence in sequences:
@@ -136,8 +138,9 @@ class Placement:
         """
         rows, size = [record.row for record in records], self.world_size
         ranks = np.arange(size)
+        dealt = set(rows)
         others = self._keys[
-            [other.row for other in self._records.values() if other.row not in set(rows)]
+            [other.row for other in self._records.values() if other.row not in dealt]
         ]
         going = np.bincount(_phases(others), minlength=size)
         first = np.bincount(others.argmin(axis=1), minlength=size)

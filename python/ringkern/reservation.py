@@ -6,24 +6,24 @@ from ringkern.errors import check
 from ringkern.plan import Plan
 
 
-class Reservation:
-    """Where one plan's tokens lie on this rank: made once, used by every layer."""
+class Progress:
+    """How far a plan has come, whose tokens have room in a cache."""
 
-    def __init__(self, plan: Plan, parents: list["Reservation"]):
-        self.serial = plan.serial
+    def __init__(self, plan: Plan, parents: list["Progress"]):
+        self.serial, self._numbers = plan.serial, frozenset(plan.numbers)
         # sequence number -> (begin, end), the positions of its tokens; also of forks since
         ends = (plan.starts + plan.lengths).tolist()
         spans = zip(plan.starts.tolist(), ends, strict=True)
         self.tokens = dict(zip(plan.numbers, spans, strict=True))
-        self.new_slots = None  # int64 tensor: of the new tokens, in local packed order
-        self.runs = None  # [n, 5], columns as in types.Run, with slots as offsets
-        self.slots = None  # int64 array: of all, in the order of plan.kv_runs()
-        self.all_slots = None  # the same as a tensor, once a layer gathers them
         self.parents = parents  # that are to run in a layer before this one
         self.layers = set()  # that have run
         self.finished = False  # all have
         self.cut = False  # tokens of it were truncated or freed before that
-        self.fits = set()  # problems that were checked
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no later plan needs to know of it."""
+        return self.finished or not self.tokens
 
     def check_layer(self, layer: int) -> None:
         """Raise ArgumentError unless the plan may run in this layer, now."""
@@ -42,39 +42,54 @@ class Reservation:
         if len(self.layers) == num_layers:
             self.finished, self.parents = True, []
 
+    def cut_tokens(self, number: int, length: int) -> None:
+        """Note that a sequence's tokens from position `length` on are gone: a fork's need not run."""
+        begin, end = self.tokens.get(number, (0, 0))
+        self.cut |= end > length and number in self._numbers
+        if begin >= length:
+            self.tokens.pop(number, None)
 
-def check_parents(parents: Iterable[Reservation], layer: int) -> None:
+    def missing(self) -> str:
+        """Return what to do about a plan that has not run in every layer."""
+        if self.cut:
+            return f"Truncate all tokens of plan {self.serial}: it cannot run any more."
+        return f"Run plan {self.serial} in every layer first."
+
+
+def check_parents(parents: Iterable[Progress], layer: int) -> None:
     """Raise ArgumentError unless all of them have run in this layer."""
     for parent in parents:
         if layer not in parent.layers:
             want = f"one in which plan {parent.serial} has run, whose keys these tokens see"
-            hint = "Run every plan in every layer."
-            if parent.cut:
-                hint = "Truncate all of that plan's tokens: it cannot run any more."
-            check(False, "layer", want, layer, hint)
+            check(False, "layer", want, layer, parent.missing())
 
 
 class Unfinished:
     """The plans that have not run in every layer: few, as the next one mostly comes after."""
 
     def __init__(self):
-        self._plans: list[Reservation] = []  # oldest first
+        self._plans: list[Progress] = []  # oldest first; some may be over
+        self._most = 16  # of them, before those that are over are looked for
 
     def __bool__(self):
-        self._plans = [plan for plan in self._plans if plan.tokens and not plan.finished]
+        while self._plans and self._plans[-1].is_over:
+            self._plans.pop()
         return bool(self._plans)
 
-    def latest(self, number: int) -> Reservation | None:
+    def latest(self, number: int) -> Progress | None:
         """Return the latest one of a sequence, which itself comes after those before it."""
         found = (plan for plan in reversed(self._plans) if number in plan.tokens)
         return next((plan for plan in found if not plan.finished), None)
 
-    def parents(self, numbers: Iterable[int]) -> list[Reservation]:
+    def parents(self, numbers: Iterable[int]) -> list[Progress]:
         """Return those whose keys new tokens of these sequences see."""
         found = dict.fromkeys(self.latest(number) for number in numbers) if self else ()
         return [plan for plan in found if plan]
 
-    def enter(self, plan: Reservation) -> None:
+    def enter(self, plan: Progress) -> None:
+        if len(self._plans) >= self._most:
+            self._plans = [plan for plan in self._plans if not plan.is_over]
+            self._most = 2 * len(self._plans) + 16
         self._plans.append(plan)
 
     def fork(self, number: int, new: int) -> None:
@@ -85,7 +100,4 @@ class Unfinished:
     def cut(self, number: int, length: int) -> None:
         """Note that a sequence's tokens from position `length` on are gone."""
         for plan in self._plans:
-            begin, end = plan.tokens.get(number, (0, 0))
-            plan.cut |= end > length
-            if begin >= length:
-                plan.tokens.pop(number, None)
+            plan.cut_tokens(number, length)

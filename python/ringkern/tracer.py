@@ -48,7 +48,7 @@ class Tracer:
 
     def __init__(self, path: str, link, stats: Stats, clock=time.monotonic_ns, legs=list):
         self._path, self._link, self._stats, self._clock = path, link, stats, clock
-        self._legs = legs
+        self._take_legs, self._legs = legs, []
         self._pid, self._finished = os.getpid(), False
         self._zero_ns, self._ring = clock(), int.from_bytes(os.urandom(7), "little")
         stats.keep(KEPT)
@@ -115,7 +115,8 @@ class Tracer:
     def _part(self) -> tuple[dict, str]:
         """Return this rank's facts, and its events as text."""
         offsets = self._start, self._end
-        events, legs = self._stats.events, [Leg(*leg) for leg in self._legs()]
+        self._legs += [Leg(*leg) for leg in self._take_legs()]  # kept, as a part may be made again
+        events, legs = self._stats.events, self._legs
         facts = {
             "rank": self._link.rank,
             "world_size": self._link.world_size,
