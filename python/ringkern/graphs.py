@@ -54,9 +54,10 @@ class DecodeGraphs:
     Args:
         ring: over NCCL, for plans that run.
         cache: which every ring.attn() of a step is given; page_size divides 256.
-        step: step(plan) does a step in every layer of the cache: queues work on the current stream, reads its inputs from
-            tensors that are the same in every call, of which this rank has plan.num_tokens(rank)
-            rows, and returns tensors. Without windows; "auto" takes what is best for the first plan.
+        step: step(plan) does a step in every layer of the cache: queues work on the current stream,
+            reads its inputs from tensors that are the same in every call, of which this rank has
+            plan.num_tokens(rank) rows, and returns tensors. Without windows; "auto" takes what is
+            best for the first plan.
     """
 
     def __init__(self, ring: Ring, cache: KVCache, step):
