@@ -84,11 +84,13 @@ bool OutLane::advance() {
   }
   for (Chunk& chunk : chunks_) {
     if (chunk.on_wire) continue;
-    // Only a timeline asks when a copy that the GPU was given ahead of time could begin.
+    const bool copied = chunk.slot->copied.done();
+    // Only a timeline asks when a copy that the GPU was given ahead of time could begin: after the
+    // copy is asked for, which is not over before.
     if (gear_.legs.wanted() && chunk.exchange->has_entered()) {
       chunk.begun = std::max(chunk.begun, chunk.exchange->entered_at);
     }
-    if (!chunk.slot->copied.done()) break;
+    if (!copied) break;
     pass(chunk, Leg::Kind::kToHost);
     chunk.on_wire = gear_.wire.exchange({{peer_, chunk.slot->memory.data(), chunk.nbytes}}, {}, 0);
     --chunk.exchange->unposted;
