@@ -9,10 +9,6 @@
 namespace ringkern {
 namespace {
 
-std::int64_t nanoseconds(Clock::time_point when) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(when.time_since_epoch()).count();
-}
-
 std::string describe(Ticket ticket, const Flight& flight, Clock::duration age) {
   const auto count = flight.peers.size();
   std::string ranks = count == 0 ? "this rank" : count == 1 ? "rank " : "ranks ";

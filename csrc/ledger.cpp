@@ -3,14 +3,6 @@
 #include <utility>
 
 namespace ringkern {
-namespace {
-
-// steady_clock is CLOCK_MONOTONIC with every C++ library on Linux.
-std::int64_t nanoseconds(Clock::time_point when) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(when.time_since_epoch()).count();
-}
-
-}  // namespace
 
 Ticket Ledger::open(std::size_t messages) {
   const auto now = Clock::now();

@@ -1,16 +1,8 @@
 #include "legs.h"
 
 #include <algorithm>
-#include <chrono>
 
 namespace ringkern {
-namespace {
-
-std::int64_t nanoseconds(Clock::time_point when) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(when.time_since_epoch()).count();
-}
-
-}  // namespace
 
 void Legs::add(Leg::Kind kind, int peer, std::size_t nbytes, Clock::time_point begun) {
   if (!wanted() || nanoseconds(begun) < since_ns_) return;

@@ -20,6 +20,11 @@ namespace ringkern {
 
 using Clock = std::chrono::steady_clock;
 
+// As Times has it: steady_clock is CLOCK_MONOTONIC with every C++ library on Linux.
+inline std::int64_t nanoseconds(Clock::time_point when) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(when.time_since_epoch()).count();
+}
+
 // A mutex of which one holder cannot take a second turn while another thread waits. Without this
 // the loop, which unlocks only to lock again, would keep callers out for as long as bytes flow.
 class FairMutex {

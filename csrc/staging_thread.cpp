@@ -152,7 +152,7 @@ void StagingCore::launch(StagedExchange& exchange) {
   const Stream stream = gear_->to_device.handle();
   if (exchange.own) exchange.own->hold(stream);
   flights_.launch(exchange.ticket, stream);
-  const auto now = std::chrono::nanoseconds(Clock::now().time_since_epoch()).count();
+  const auto now = nanoseconds(Clock::now());
   const std::lock_guard<std::mutex> lock(mutex_);
   done_ns_.emplace(exchange.ticket, now);
   open_.erase(exchange.ticket);

@@ -12,8 +12,8 @@ from ringkern.errors import ArgumentError, check
 from ringkern.pages import PageTable
 from ringkern.placement import Placement
 from ringkern.plan import Plan
-from ringkern.problem import DTYPES
-from ringkern.reservation import Progress, Unfinished, check_parents
+from ringkern.problem import DTYPES, check_sizes
+from ringkern.progress import Progress, Unfinished, check_parents
 from ringkern.upload import upload
 
 _numbers = itertools.count()
@@ -75,9 +75,7 @@ class KVCache:
             num_pages=num_pages,
             page_size=page_size,
         )
-        for name, size in sizes.items():
-            ok = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-            check(ok, name, "an int of at least 1", repr(size))
+        check_sizes(**sizes)
         name = str(dtype).removeprefix("torch.")
         check(name in DTYPES, "dtype", ", ".join(DTYPES), name)
         check(

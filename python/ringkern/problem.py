@@ -55,15 +55,20 @@ def make_asked(
         ArgumentError: what was wanted, what was got and what to do.
     """
     sizes = dict(nheads=nheads, nheads_k=nheads_k, headdim=headdim, headdim_v=headdim_v)
-    for name, size in sizes.items():
-        ok = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-        check(ok, name, "an int of at least 1", repr(size))
+    check_sizes(**sizes)
     check(nheads % nheads_k == 0, "nheads", f"a multiple of nheads_k = {nheads_k}", nheads)
     name = str(dtype).removeprefix("torch.")
     check(name in DTYPES, "dtype", ", ".join(DTYPES), name)
     _check_mask(causal, window_size)
     window_size = tuple(int(side) for side in window_size)
     return Problem(1, *sizes.values(), name, causal, headdim**-0.5, window_size, 0.0)
+
+
+def check_sizes(**sizes) -> None:
+    """Raise unless all are counts: ints of at least 1."""
+    for name, size in sizes.items():
+        ok = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+        check(ok, name, "an int of at least 1", repr(size))
 
 
 def _check_mask(causal, window_size):

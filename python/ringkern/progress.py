@@ -1,4 +1,4 @@
-"""Which plans a cache has made room for, and in which layers they have run. Host only."""
+"""In which layers the plans of a cache have run, and which may run next. Host only."""
 
 from collections.abc import Iterable
 
