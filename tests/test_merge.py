@@ -60,7 +60,7 @@ def empty_some(outs, lses, share=10, seed=0):
 
 @pytest.mark.parametrize("parts, total, nheads, headdim", PEERS)
 @pytest.mark.parametrize("share", [0, 10])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_infinities_among_many_parts(parts, total, nheads, headdim, share, dtype):
     outs, lses = empty_some(*parts_of(parts, total, nheads, headdim, dtype), share)
     out, lse = ringkern.merge(outs, lses)

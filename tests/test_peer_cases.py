@@ -79,6 +79,10 @@ VARLEN = [
     (PAIRS, (6, 2, 111, 111), dict(causal=True, softcap=50.0)),
     (PAIRS, (2, 1, 256, 256), dict(window_size=(37, 50))),
     (PAIRS, (2, 2, 80, 96), dict(causal=True, window_size=(64, 0), softcap=50.0)),
+    (PAIRS, (6, 6, 128, 128), dict(causal=True)),
+    (PAIRS, (6, 1, 160, 160), dict(softcap=50.0)),
+    (PAIRS, (4, 2, 192, 192), dict(causal=True, window_size=(64, 0))),
+    (PAIRS, (2, 2, 224, 224), dict(causal=True)),
     (LARGE, (2, 1, 40, 40), dict(causal=True)),
     (LARGE, (1, 1, 64, 64), dict(window_size=(511, 128))),
 ]
@@ -95,29 +99,6 @@ def test_flash_attention_lengths(pairs, heads, options, dtype):
     assert_packed(found, qkv, lengths_q, lengths_k, f"{heads} {options}", **options)
 
 
-MASKS = [
-    # seqlen_q, seqlen_k, causal, window_size, rows of the mask
-    (2, 5, False, (1, 0), "..11. ...11"),
-    (2, 5, False, (0, 1), "...11 ....1"),
-    (2, 5, True, (2, 2), ".111. ..111"),
-    (5, 2, True, (-1, -1), ".. .. .. 1. 11"),
-    (5, 2, False, (1, 0), ".. .. .. 1. 11"),
-    (5, 2, False, (0, 2), ".. 1. 11 11 .1"),
-    (4, 4, False, (0, 0), "1... .1.. ..1. ...1"),
-]
-
-
-@pytest.mark.parametrize("seqlen_q, seqlen_k, causal, window_size, mask", MASKS)
-def test_windows_are_aligned_bottom_right(seqlen_q, seqlen_k, causal, window_size, mask):
-    """yunchang and Transformer Engine, construct_local_mask: k = 0 and one-hot v show the mask."""
-    q, k = torch.ones(1, seqlen_q, 1, seqlen_k), torch.zeros(1, seqlen_k, 1, seqlen_k)
-    v = torch.eye(seqlen_k)[None, :, None]
-    out, lse = ringkern.attn_func(q, k, v, causal=causal, window_size=window_size)
-    want = torch.tensor([[x == "1" for x in row] for row in mask.split()])
-    assert torch.equal(out[0, :, 0] > 0, want)
-    assert torch.equal(lse[0, 0].isneginf(), ~want.any(dim=1))
-
-
 # ---- the ring, new sequences
 
 PREFILLS = [
@@ -128,8 +109,8 @@ PREFILLS = [
     ("ring-flash-attention, short", 5, [7, 7, 2, 15, 141, 373], (2, 2, 8, 8), dict(causal=True)),
     ("MagiAttention, uneven_full_10k", 7, [10000], (1, 1, 8, 8), dict()),
     ("MagiAttention, 11021 tokens", 6, [4097, 1, 3587, 3329, 7], (1, 1, 8, 8), dict(causal=True)),
-    ("MagiAttention, sdpa", 5, [840, 900, 960, 1050], (4, 1, 64, 64), dict(causal=True)),
-    ("FlashInfer, an eighth of 8191 and 24576", 4, [1023, 3072], (1, 1, 8, 8), dict()),
+    ("MagiAttention, sdpa", 5, [840, 900, 960, 1050], (8, 2, 64, 64), dict(causal=True)),
+    ("FlashInfer", 4, [8191, 24576], (1, 1, 8, 8), dict()),
     ("Transformer Engine #3331", 4, [698], (4, 1, 16, 16), dict(causal=True)),
     ("Transformer Engine #1930", 2, [7], (2, 2, 16, 16), dict(causal=True)),
     ("lucidrains", 8, [31], (2, 1, 8, 8), dict()),
@@ -140,22 +121,23 @@ PREFILLS = [
 
 
 def prefilled(ring, lengths, qkv, options):
+    """Return what this rank has by each method: (its rows, out, lse)."""
     plan = ringkern.Placement(ring.world_size).prefill(dict(enumerate(lengths)))
     mine = [plan.shard(x, ring.rank) for x in qkv]
-    options = dict(return_lse=True, **options)
-    return plan, [ring.attn(*mine, plan, method=method, **options) for method in METHODS]
+    rows, options = plan.indices(ring.rank), dict(return_lse=True, **options)
+    return [(rows, *ring.attn(*mine, plan, method=method, **options)) for method in METHODS]
 
 
 def joined(answers):
-    """Yield (method, out, lse) in packed global order, of each rank's (plan, its rows by method).
+    """Yield (method, out, lse) in packed global order, of what each rank has by each method.
 
     Cheaper than Ring.unshard(), which has tests of its own.
     """
-    plan, order = answers[0][0], [plan.indices(rank) for rank, (plan, _) in enumerate(answers)]
-    order = torch.from_numpy(np.concatenate(order)).argsort()
-    for method, shares in zip(METHODS, zip(*(x[1] for x in answers), strict=True), strict=True):
-        outs, lses = zip(*shares, strict=True)
-        assert sum(len(out) for out in outs) == plan.total
+    for method, shares in zip(METHODS, zip(*answers, strict=True), strict=True):
+        rows, outs, lses = zip(*shares, strict=True)
+        rows = torch.from_numpy(np.concatenate(rows))
+        order = rows.argsort()
+        assert torch.equal(rows[order], torch.arange(len(rows)))
         yield method, torch.cat(outs)[order], torch.cat(lses, dim=1)[:, order]
 
 
@@ -170,12 +152,12 @@ def test_prefill(whose, world_size, lengths, heads, options, dtype):
 
 DENSE = [
     # Transformer Engine's windows, grouped heads, MLA's head sizes: world_size, batch, seqlen, ...
-    (4, 2, 4096, (1, 1, 16, 16), dict(causal=True, window_size=(512, 0))),
+    (4, 2, 4096, (12, 12, 128, 128), dict(causal=True, window_size=(512, 0))),
     (4, 2, 4096, (1, 1, 16, 16), dict(window_size=(512, 512))),
-    (3, 2, 2050, (1, 1, 16, 16), dict(causal=True, window_size=(128, 0))),
-    (6, 2, 300, (32, 4, 16, 16), dict(causal=True)),
-    (5, 2, 300, (12, 2, 16, 16), dict(causal=True)),
-    (4, 1, 130, (8, 8, 192, 128), dict(causal=True)),
+    (3, 2, 2050, (12, 12, 128, 128), dict(causal=True, window_size=(128, 0))),
+    (6, 2, 300, (32, 4, 128, 128), dict(causal=True)),
+    (5, 2, 300, (12, 2, 128, 128), dict(causal=True)),
+    (4, 1, 130, (128, 128, 192, 128), dict(causal=True)),
     (2, 1, 130, (2, 1, 256, 256), dict(causal=True)),
 ]
 
@@ -193,7 +175,10 @@ def test_dense(world_size, batch, seqlen, heads, options, dtype):
     answers = run_threads(dense, world_size, [x.unflatten(0, (batch, -1)) for x in qkv], options)
     plan = ringkern.Plan(world_size, (seqlen,))
     for b in range(batch):
-        mine = [(plan, [(out[b], lse[b]) for out, lse in found]) for found in answers]
+        mine = [
+            [(plan.indices(rank), out[b], lse[b]) for out, lse in found]
+            for rank, found in enumerate(answers)
+        ]
         part = [x[b * seqlen : (b + 1) * seqlen] for x in qkv]
         name = f"{world_size=} {seqlen=} {heads} {options}"
         assert_packed(joined(mine), part, [seqlen], [seqlen], name, **options)
@@ -214,38 +199,43 @@ TURNS = [
     ("fewer new tokens than ranks", 7, 4, [(2, 15)], (4, 1, 8, 8)),
     ("one new token, more ranks than keys", 6, 1, [(1, 2)], (2, 1, 8, 8)),
     ("TensorRT-LLM, decode", 4, 64, [(1, n) for n in (64, 1024, 16384)], (4, 1, 8, 8)),
-    ("TensorRT-LLM, decode of 8", 4, 16, [(1, 1024)] * 8, (8, 1, 8, 8)),
+    ("TensorRT-LLM, decode of a million", 4, 64, [(1, 1_048_576)], (2, 1, 8, 8)),
+    ("TensorRT-LLM, decode of 8", 4, 16, [(1, 131_072)] * 8, (2, 1, 8, 8)),
+    ("TensorRT-LLM, decode of 16", 4, 16, [(1, 65_536)] * 16, (2, 1, 8, 8)),
     ("lucidrains, decode", 8, 16, [(1, 31)], (2, 2, 8, 8)),
 ]  # fmt: skip
 
 
-def on_top(ring, cached, forks, new, kv, qkv, page_size, window_size):
-    """Fill a cache, fork its first sequence, and attend with new tokens by every method.
+def on_top(ring, cached, shared, new, kv, qkv, page_size, window_size):
+    """Fill a cache, and attend by every method with new tokens on forks of what is there.
 
-    Each method has a layer of its own. A window of one key makes the filling cheap.
+    shared: all new tokens are on the first sequence. Returns what this rank has by each method:
+    (its rows, out, lse). A window of one key makes the filling cheap.
     """
     placement = ringkern.Placement(ring.world_size)
     nheads_k, headdim = qkv[1].shape[1:]
     cache = ringkern.KVCache(
-        ring, placement, num_layers=len(METHODS), nheads_k=nheads_k, headdim=headdim,
+        ring, placement, num_layers=1, nheads_k=nheads_k, headdim=headdim,
         headdim_v=qkv[2].shape[2], dtype=kv[0].dtype, page_size=page_size,
-        num_pages=(sum(cached.values()) + sum(new.values())) // (ring.world_size * page_size)
-        + 3 * len(new),
+        num_pages=(sum(cached.values()) + 4 * sum(new.values())) // (ring.world_size * page_size)
+        + 4 * len(METHODS) * len(new),
     )  # fmt: skip
     if cached:
         plan = placement.prefill(cached)
         fill = [plan.shard(x, ring.rank) for x in (kv[0], *kv)]
-        for layer in range(len(METHODS)):
-            ring.attn(*fill, plan, cache=cache, layer=layer, method="pass_kv", window_size=(0, 0))
-    for number in range(1, forks):
-        placement.fork(0, number)
-    plan = placement.prefill(new)
-    mine = [plan.shard(x, ring.rank) for x in qkv]
+        ring.attn(*fill, plan, cache=cache, layer=0, method="pass_kv", window_size=(0, 0))
     found = []
-    for layer, method in enumerate(METHODS):
+    for method in METHODS:
+        for number in new:
+            source = 0 if shared else number
+            if source in cached:
+                placement.fork(source, (method, number))
+        plan = placement.prefill({(method, number): length for number, length in new.items()})
+        mine = [plan.shard(x, ring.rank) for x in qkv]
         options = dict(window_size=window_size, return_lse=True)
-        found.append(ring.attn(*mine, plan, cache=cache, layer=layer, method=method, **options))
-    return plan, found
+        answer = ring.attn(*mine, plan, cache=cache, layer=0, method=method, **options)
+        found.append((plan.indices(ring.rank), *answer))
+    return found
 
 
 def assert_on_top(name, world_size, page_size, lengths, heads, dtype, shared=0, window=(-1, -1)):
@@ -255,7 +245,7 @@ def assert_on_top(name, world_size, page_size, lengths, heads, dtype, shared=0, 
     cached = {number: length for number, length in enumerate(old) if length}
     _, *kv = draw_qkv(0, sum(old), heads, dtype)
     qkv = draw_qkv(sum(new), sum(new), heads, dtype)
-    args = cached, len(lengths) if shared else 0, dict(enumerate(new)), kv, qkv, page_size, window
+    args = cached, bool(shared), dict(enumerate(new)), kv, qkv, page_size, window
     answers = run_threads(on_top, world_size, *args)
     whole = [qkv[0]]
     for before, after in zip(kv, qkv[1:], strict=True):
