@@ -1,5 +1,6 @@
 #include "flights.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <set>
 #include <utility>
@@ -85,6 +86,11 @@ void Flights::capture(Ticket ticket, Stream stream) {
   captured_.emplace(ticket, std::move(node.mapped()));
 }
 
+void Flights::end_captures() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  captured_.clear();
+}
+
 void Flights::drop(Ticket ticket) {
   const std::lock_guard<std::mutex> lock(mutex_);
   flights_.erase(ticket);
@@ -118,6 +124,12 @@ std::optional<Times> Flights::wait(Ticket ticket, Stream stream) {
   if (const auto found = flights_.find(ticket); found != flights_.end()) {
     Flight& flight = found->second;
     if (flight.launched && !flight.waited) {
+      // The driver would end the capture.
+      if (device_.captures(stream)) {
+        throw UnsupportedError(
+            concat("wait() while a CUDA graph is captured: want a ticket of the ",
+                   "same capture, got ", ticket, " from outside. Wait for it before."));
+      }
       flight.done->hold(stream);
       flight.waited = true;
       return Times{nanoseconds(flight.posted), 0};
@@ -138,6 +150,14 @@ std::size_t Flights::size() const {
   return flights_.size();
 }
 
+bool Flights::landed() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [ticket, flight] : flights_) {
+    if (flight.launched && !flight.done->done()) return false;
+  }
+  return true;
+}
+
 bool Flights::awaited() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& [ticket, flight] : flights_) {
@@ -148,7 +168,12 @@ bool Flights::awaited() const {
 
 Ticket Flights::settled() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return flights_.empty() ? last_ : flights_.begin()->first - 1;
+  Ticket last = last_;
+  // What a graph's kernels read may be given away when the stream that captures has waited for
+  // them.
+  if (!captured_.empty()) last = captured_.begin()->first - 1;
+  if (!flights_.empty()) last = std::min(last, flights_.begin()->first - 1);
+  return last;
 }
 
 std::optional<Flights::Oldest> Flights::oldest() {

@@ -50,15 +50,20 @@ class Flights {
   void launch(Ticket ticket, Stream stream);
   // The exchange is in a graph: nobody can ask whether it is over, and it runs any number of times.
   void capture(Ticket ticket, Stream stream);
+  // No capture is under way any more: nobody can wait for what was in one.
+  void end_captures();
   // Forgets a ticket that nobody will wait for.
   void drop(Ticket ticket);
 
   // Notices what is over.
   void reap();
   // Makes the stream wait for the exchange and forgets the ticket. None after clear().
+  // UnsupportedError where the stream captures, and the exchange is in flight outside of the graph.
   std::optional<Times> wait(Ticket ticket, Stream stream);
 
   std::size_t size() const;
+  // Whether the GPU has done all that was launched.
+  bool landed() const;
   // Whether a stream still waits for an exchange.
   bool awaited() const;
   // The newest ticket up to which all are over.
@@ -83,8 +88,8 @@ class Flights {
   mutable std::mutex mutex_;
   Ticket last_ = 0;
   std::map<Ticket, Flight> flights_;
-  std::unordered_map<Ticket, Times> done_;  // until waited for
-  std::unordered_map<Ticket, Flight> captured_;
+  std::unordered_map<Ticket, Times> done_;      // until waited for
+  std::map<Ticket, Flight> captured_;           // until waited for
   std::vector<std::unique_ptr<Event>> events_;  // free ones
   bool cleared_ = false;
 };

@@ -10,9 +10,8 @@ constexpr int kUint8 = 1;  // ncclUint8
 }  // namespace
 
 void NcclComm::start(int world_size, const NcclId& id, int rank, NcclConfig config) {
-  void* comm = nullptr;
-  const int result = nccl_->init(&comm, world_size, id, rank, &config);
-  comm_ = comm;
+  const int result = nccl_->init(&made_, world_size, id, rank, &config);
+  comm_ = made_;
   nccl_->check(result, "ncclCommInitRankConfig", nullptr);
 }
 

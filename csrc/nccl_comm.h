@@ -40,6 +40,7 @@ class NcclComm {
 
  private:
   const std::shared_ptr<const NcclLibrary> nccl_;
+  void* made_ = nullptr;  // NCCL 2.17 reads it for as long as it connects
   std::atomic<void*> comm_{nullptr};
 };
 

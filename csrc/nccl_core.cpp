@@ -67,6 +67,7 @@ void NcclCore::connect(const NcclConfig& config, const std::function<void()>& on
     share_id(on_idle);
     {
       const std::scoped_lock both(calls_, inside_);
+      if (state_ != State::kOpen) throw Interrupted{};
       comm_.start(world_size_, id_, rank_, config);
       settle(on_idle);
     }
@@ -157,6 +158,15 @@ Ticket NcclCore::post(const std::vector<Send>& sends, const std::vector<Recv>& r
                       bool captured) {
   Flight flight;
   try {
+    if (!captured) {
+      // The driver would end the capture that this rank's stream is part of.
+      if (captures(stream_->handle())) {
+        throw UnsupportedError(
+            "an exchange while another thread captures exchanges into a CUDA graph: want none. "
+            "Make it before the capture or after it.");
+      }
+      flights_.end_captures();
+    }
     flight = flights_.prepare();
     flight.ready->record(stream);
     flight.ready->hold(stream_->handle());
@@ -338,11 +348,11 @@ void NcclCore::close() {
     return state_ == State::kEnding && Clock::now() - ending_since_ > 3 * grace();
   };
   while (thread_.joinable() && !gone_ && !stuck()) changed_.wait_for(lock, kIdle);
-  const bool gone = gone_;
+  changed_.wait_for(lock, grace(), [this] { return !guard_.joinable() || guard_gone_; });
+  const bool gone = gone_, guard_gone = guard_gone_;
   lock.unlock();
-  for (std::thread* each : {&thread_, &guard_}) {
-    if (each->joinable()) gone ? each->join() : each->detach();
-  }
+  if (thread_.joinable()) gone ? thread_.join() : thread_.detach();
+  if (guard_.joinable()) guard_gone ? guard_.join() : guard_.detach();
   control_->close();
 }
 

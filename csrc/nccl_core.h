@@ -27,10 +27,12 @@ namespace ringkern {
 // Every function may be called from any thread. Lock order: closing_, calls_, inside_, mutex_ or
 // the flights' own.
 //
-// The communicator is ended by the watching thread. The driver may keep that thread waiting for a
-// kernel that itself waits for a peer, as when a caller loads a module meanwhile: a second thread,
-// which asks the driver for nothing, then ends the ring in its place. Both share the ownership:
-// when NCCL never returns to one, it is left behind with all that it uses.
+// The watching thread ends the ring, and a second one, which asks the driver for nothing before,
+// aborts the communicator for it. The driver may keep the first waiting for a kernel that itself
+// waits for a peer, as when a caller loads a module meanwhile: the second then ends the ring in its
+// place. And ncclCommAbort, when it has ended the kernels, waits for the end of all graphs with
+// exchanges, which are the caller's. Both threads share the ownership: when NCCL does not return to
+// one, it is left behind with all that it uses.
 class NcclCore : public std::enable_shared_from_this<NcclCore> {
  public:
   NcclCore(std::unique_ptr<Transport> control, std::shared_ptr<const NcclLibrary> nccl,
@@ -93,12 +95,12 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   bool begin_end(Failure failure);
   void finish_end(bool in_peace) noexcept;
   bool end_communicator(bool in_peace);
-  void abort_communicator();
+  bool quiet();
   bool flush();
   void await_others(Clock::time_point end);
   void guard() noexcept;
   void check_driver(Clock::duration silent);
-  void free_driver() noexcept;
+  void abort_communicator() noexcept;
 
   // How long NCCL may take to end before nobody waits for it any more.
   Clock::duration grace() const;
@@ -115,7 +117,7 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   Tally tally_;
 
   std::mutex calls_;   // held while the communicator is called and the stream is given work
-  std::mutex inside_;  // held while a thread is inside NCCL
+  std::mutex inside_;  // held while a thread is inside NCCL, but for the abort
   NcclComm comm_;
   std::atomic<bool> has_graphs_{false};  // exchanges were captured
 
@@ -126,7 +128,9 @@ class NcclCore : public std::enable_shared_from_this<NcclCore> {
   std::optional<Trouble> trouble_;
   Clock::time_point ending_since_;
   bool poked_ = false;
+  enum class Abort { kNone, kWanted, kBegun } abort_ = Abort::kNone;
   bool gone_ = false;                              // the watching thread
+  bool guard_gone_ = false;                        // the second one
   std::optional<Clock::time_point> asking_since_;  // it waits for the driver
 
   std::optional<Clock::time_point> asked_;  // the watching thread's own

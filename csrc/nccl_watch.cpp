@@ -100,7 +100,8 @@ void NcclCore::look() {
     // Who holds the communicator asks it too.
     if (const std::unique_lock<std::mutex> calls(calls_, std::try_to_lock); calls) {
       const std::lock_guard<std::mutex> inside(inside_);
-      comm_.settled();
+      // The second thread may have ended the ring, and be in the communicator.
+      if (state_ != State::kEnding) comm_.settled();
     }
     check_deadline();
   } catch (const NcclError& error) {
@@ -220,27 +221,31 @@ bool NcclCore::end_communicator(bool in_peace) {
     if (Clock::now() > end) return false;
     pause();
   }
-  const std::lock_guard<std::mutex> inside(inside_);
-  if (!in_peace || !flush()) abort_communicator();
+  const bool flushed = in_peace && flush();
+  if (!flushed) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (abort_ == Abort::kNone) abort_ = Abort::kWanted;
+    changed_.notify_all();
+  }
+  const auto begun = [this] {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return abort_ == Abort::kBegun;
+  };
   end = Clock::now() + grace();
-  while (!stream_->idle()) {
+  while (!(flushed || begun()) || !quiet()) {
     if (Clock::now() > end) return false;
     pause();
   }
   return true;
 }
 
-void NcclCore::abort_communicator() {
-  try {
-    comm_.abort();
-  } catch (const NcclError&) {
-    // It is gone all the same; what it left behind shows on the stream.
-  }
-}
+// Whether the GPU has done what it was given, in runs of graphs too.
+bool NcclCore::quiet() { return stream_->idle() && flights_.landed(); }
 
 // Lets what this rank sent reach the others, and ends the communicator: false where it has not.
 bool NcclCore::flush() {
   const auto end = Clock::now() + grace();
+  const std::lock_guard<std::mutex> inside(inside_);
   try {
     if (has_graphs_) {
       // NCCL's own end waits for the end of all graphs, which are the caller's. When all ranks are
@@ -279,38 +284,58 @@ void NcclCore::await_others(Clock::time_point end) {
 // ---- the second thread
 
 void NcclCore::guard() noexcept {
+  std::optional<Device::Use> use;  // NCCL wants it: made while the driver answers
+  try {
+    use.emplace(device_);
+  } catch (const CudaError&) {
+    // Connecting meets the same, and says so.
+  }
   std::unique_lock<std::mutex> lock(mutex_);
-  while (!gone_) {
-    changed_.wait_for(lock, kGuard, [this] { return gone_; });
+  const auto wanted = [this] { return abort_ == Abort::kWanted; };
+  while (!gone_ && !wanted()) {
+    changed_.wait_for(lock, kGuard, [&] { return gone_ || wanted(); });
     if (failure_ || !asking_since_) continue;
     const auto silent = Clock::now() - *asking_since_;
     if (silent < kNews) continue;
     lock.unlock();
+    std::optional<Failure> failure;
     try {
       check_driver(silent);
     } catch (const TransportError& error) {
-      if (begin_end(failure_from(error))) free_driver();
+      failure = failure_from(error);
     } catch (const std::exception&) {
       // Nothing that this thread could mend: the other one sees it too.
     }
+    const bool first = failure && begin_end(std::move(*failure));
     lock.lock();
+    if (first) abort_ = Abort::kWanted;
   }
+  const bool aborts = wanted();
+  lock.unlock();
+  if (aborts) abort_communicator();
+  use.reset();
+  lock.lock();
+  guard_gone_ = true;
+  changed_.notify_all();
 }
 
-// The kernels end with the communicator, and then the driver answers. Not where a caller is inside
+// Its kernels end, and with them what keeps the driver from answering. Not where a caller is inside
 // NCCL: to free what that call uses would be worse.
-void NcclCore::free_driver() noexcept {
+void NcclCore::abort_communicator() noexcept {
   const auto end = Clock::now() + grace();
-  std::unique_lock<std::mutex> inside(inside_, std::defer_lock);
-  while (!inside.try_lock()) {
+  // Whoever comes after sees that the ring has ended, and stays out.
+  for (std::unique_lock<std::mutex> inside(inside_, std::defer_lock); !inside.try_lock(); pause()) {
     if (Clock::now() > end) return;
-    pause();
+  }
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    abort_ = Abort::kBegun;
+    changed_.notify_all();
   }
   try {
-    const Device::Use use(device_);
-    abort_communicator();
-  } catch (const CudaError&) {
-    // What is wrong with the GPU shows on the stream.
+    comm_.abort();
+  } catch (const NcclError&) {
+    // It is gone all the same; what it left behind shows on the stream.
   }
 }
 

@@ -76,7 +76,8 @@ class Transport {
   //
   // Throws TransportError or a class below it when the ring has failed; then no thread touches a
   // caller's buffer any more, and every later call throws the same first error on this rank.
-  // Every rank's error names the same rank as its origin.
+  // Every rank's error names the same rank as its origin. A GPU that does not come to an end may
+  // touch buffers for longer: those of tickets after DeviceTransport::settled().
   virtual Times wait(Ticket ticket, Stream stream) = 0;
 
   // Fails the ring on every rank, with this rank as the origin. Any thread may call it.

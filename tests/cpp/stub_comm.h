@@ -48,7 +48,7 @@ struct Comm {
   stub::Config config;
   std::shared_ptr<Clique> clique;
   std::atomic<bool> aborted{false}, ended{false};
-  std::atomic<bool> in_graph{false};  // the graph is the test's, and never ends
+  std::atomic<bool> in_graph{false};  // the graph is the test's
   std::atomic<int> inside{0};
   // Under the world's mutex.
   int questions = 0;  // that are still answered with kInProgress

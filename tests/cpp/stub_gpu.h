@@ -84,6 +84,8 @@ STUB_API void set_async_error(int rank, int result);
 // Calls of this function do not return until release().
 STUB_API void hold(const std::string& function);
 STUB_API void release();
+// No graph has exchanges any more: until then no communicator of theirs ends.
+STUB_API void end_graphs();
 // How often the function was called.
 STUB_API int calls(const std::string& function);
 // In the order made: "recv 1 100", "send 2 100" of this rank.

@@ -59,6 +59,12 @@ std::vector<std::string> messages(int rank) {
   return world().messages[rank];
 }
 
+void end_graphs() {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  for (const auto& comm : world().comms) comm->in_graph = false;
+  world().changed.notify_all();
+}
+
 Config config(int rank) {
   const std::lock_guard<std::mutex> lock(world().mutex);
   return world().latest.at(rank)->config;
@@ -231,8 +237,10 @@ STUB_API int ncclCommAbort(void* handle) {
   auto* const comm = static_cast<Comm*>(handle);
   const Inside inside(comm, "ncclCommAbort");
   ENTER("ncclCommAbort");
+  comm->aborted = true;  // kernels end; what follows waits for graphs, and asks nobody
+  std::unique_lock<std::mutex> lock(world().mutex);
+  world().changed.wait(lock, [&] { return !comm->in_graph; });
   comm->ended = true;
-  comm->aborted = true;
   return 0;
 }
 

@@ -192,8 +192,9 @@ TEST_CASE("an exchange in a graph runs with every replay") {
     stub::begin_capture(stream);
     const Ticket ticket =
         ring.exchange({{peer, out.data(), 100}}, {{peer, in.data(), 100}}, stream);
-    CHECK(ring.settled() == ticket);
+    CHECK(ring.settled() == ticket - 1);
     CHECK(ring.wait(ticket, stream).done_ns == 0);
+    CHECK(ring.settled() == ticket);
     CHECK_THROWS_WITH_AS(ring.begin_run(stream), doctest::Contains("got one that captures"),
                          UnsupportedError);
     ++captured;
@@ -219,6 +220,41 @@ TEST_CASE("an exchange in a graph runs with every replay") {
       CHECK(in == pattern(100, 10 * replay + peer));
     }
     exchange(ring, stream, rank, {peer}, 1000, 1);
+    stub::end_graphs();
+  });
+}
+
+TEST_CASE("an exchange from outside is not waited for in a capture") {
+  run_nccl(1, nccl_options(), [](int, DeviceTransport& ring, Stream stream) {
+    const Gate gate;
+    gate.put(stream);
+    int out = 1, in = 0;
+    const Ticket ticket = ring.exchange({{0, &out, 4}}, {{0, &in, 4}}, stream);
+    const Stream other = stub::make_stream();
+    stub::begin_capture(other);
+    CHECK_THROWS_WITH_AS(ring.wait(ticket, other), doctest::Contains("of the same capture, got 2"),
+                         UnsupportedError);
+    CHECK(stub::end_capture(other).empty());
+    ring.wait(ticket, other);
+    gate.open();
+    sync(other);
+    CHECK(in == 1);
+    stub::destroy_stream(other);
+  });
+}
+
+TEST_CASE("a capture that was given up keeps no buffers") {
+  run_nccl(1, nccl_options(), [](int, DeviceTransport& ring, Stream stream) {
+    int out = 1, in = 0;
+    stub::begin_capture(stream);
+    const Ticket dropped = ring.exchange({{0, &out, 4}}, {{0, &in, 4}}, stream);
+    stub::end_capture(stream);
+    stub::end_graphs();
+    CHECK(ring.settled() < dropped);
+    const Ticket ticket = ring.exchange({{0, &out, 4}}, {{0, &in, 4}}, stream);
+    ring.wait(ticket, stream);
+    until([&] { return ring.settled() == ticket; });
+    CHECK_THROWS_AS(ring.wait(dropped, stream), ArgumentError);
   });
 }
 
@@ -245,11 +281,14 @@ TEST_CASE("while one stream captures, an exchange on another is refused and the 
     int out = 1, in = 0;
     stub::begin_capture(stream);
     const Ticket ticket = ring.exchange({{0, &out, 4}}, {{0, &in, 4}}, stream);
-    CHECK(refuses([&] { ring.exchange({{0, &out, 4}}, {{0, &in, 4}}, other); },
-                  "cuStreamWaitEvent failed"));
+    const std::vector<Send> sends{{0, &out, 4}};
+    const std::vector<Recv> recvs{{0, &in, 4}};
+    CHECK_THROWS_WITH_AS(ring.exchange(sends, recvs, other),
+                         doctest::Contains("while another thread captures"), UnsupportedError);
     ring.wait(ticket, stream);
     stub::end_capture(stream);
     exchange(ring, other, rank, {0}, 100, 0);
+    stub::end_graphs();
     stub::destroy_stream(other);
   });
 }

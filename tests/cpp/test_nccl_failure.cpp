@@ -106,6 +106,7 @@ TEST_CASE("a capture from which NCCL does not come back is late, and nobody asks
     const Failure failure =
         failure_of([&] { ring.exchange({{0, &out, 4}}, {{0, &in, 4}}, stream); });
     stub::end_capture(stream);
+    stub::end_graphs();
     return failure;
   });
   check_all(failures, 0, Kind::kTimeout,

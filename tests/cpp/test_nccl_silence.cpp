@@ -90,6 +90,58 @@ TEST_CASE("an abort that does not return keeps nobody waiting") {
   until([] { return stub::contexts_retained() == 0; });
 }
 
+TEST_CASE("graphs that are alive keep the communicator, and nobody waiting") {
+  const CleanStubs clean;
+  for (const bool fails : {false, true}) {
+    {
+      Ports ports(1);
+      const auto ring = join_nccl(ports, 0, nccl_options(fails ? 20000 : 300), 200);
+      const Stream stream = stub::make_stream();
+      int out = 1, in = 0;
+      stub::begin_capture(stream);
+      ring->wait(ring->exchange({{0, &out, 4}}, {{0, &in, 4}}, stream), stream);
+      stub::end_capture(stream);
+      const auto start = std::chrono::steady_clock::now();
+      if (fails) ring->abort("enough");
+      if (fails)
+        CHECK(contains(failure_of([&] { ring->exchange({}, {}, stream); }).text, "enough"));
+      CHECK(std::chrono::steady_clock::now() - start < milliseconds(3000));
+      auto closing = std::async(std::launch::async, [&] { ring->close(); });
+      until([&] { return stub::calls("ncclCommAbort") == (fails ? 2 : 1); });
+      if (fails) stub::end_graphs();  // while it closes: then nothing is left behind
+      closing.get();
+      stub::destroy_stream(stream);
+    }
+    CHECK(stub::contexts_retained() == (fails ? 0 : 1));
+    stub::end_graphs();
+    until([] { return stub::contexts_retained() == 0; });
+  }
+}
+
+TEST_CASE("a failure is told when the kernels of a graph's run have ended") {
+  const CleanStubs clean;
+  Ports ports(1);
+  const auto ring = join_nccl(ports, 0, nccl_options());
+  const Stream stream = stub::make_stream();
+  const Gate gate;  // stands for exchanges in the graph
+  const Ticket run = ring->begin_run(stream);
+  gate.put(stream);
+  ring->end_run(run, stream);
+  std::atomic<bool> ended{false};
+  auto told = std::async(std::launch::async, [&] {
+    ring->abort("enough");
+    return ended.load();
+  });
+  until([] { return stub::calls("ncclCommAbort") == 1; });
+  const int before = stub::questions();
+  until([&] { return stub::questions() > before + 4; });
+  ended = true;
+  gate.open();
+  CHECK(told.get());
+  sync(stream);
+  stub::destroy_stream(stream);
+}
+
 TEST_CASE("a driver that does not answer ends the ring after its time") {
   const CleanStubs clean;
   const auto failures = fail_in_silence({3, 1500}, [](int, DeviceTransport&) {});
