@@ -4,16 +4,13 @@ Without a GPU a graph is stood in for by making the captured calls again: with t
 and the slots of the capture, whose contents alone have changed since.
 """
 
-import contextlib
 import itertools
-import types
 
-import accelerator  # so that threads take turns in Triton's interpreter
+import accelerator  # noqa: F401  so that threads take turns in Triton's interpreter
 import pytest
 import ringkern
 import torch
 from close import assert_close
-from ringkern import local
 from ringkern.cost import Choice
 from ringkern.errors import ArgumentError, UnsupportedError
 from ringkern.graphs import DecodeGraphs
@@ -170,62 +167,22 @@ def test_auto_is_chosen_once_for_a_graph(monkeypatch):
     assert all(ran == pinned and len(pinned) == 1 for ran, pinned in ranks[0])
 
 
-def forget(ring):
-    """Closing the ring ends its graphs, which NCCL would wait for."""
+def slots_of_both_modes(ring):
+    """Slots that a step under inference_mode() made are overwritten by one outside."""
     session = Session(ring)
     graphs = Again(ring, session.cache, session.step)
-    for _ in range(2 * ring.world_size):
-        plan = session.placement.decode(list(LENGTHS))
-        session.feed(plan)
-        graphs.run(plan)
-    assert graphs._shapes
-    ring.barrier()
-    ring.close()
-    assert not graphs._shapes
+    for number in range(4):
+        with torch.inference_mode(number == 0):
+            session.feed(plan := session.placement.decode(list(LENGTHS)))
+            out = graphs.run(plan)
+        got, want = ring.unshard(_layers(out)[0], plan), session.want(plan)
+        assert_close(got, want, want.float(), name=f"step {number}")
+    return graphs.replays
 
 
-def test_a_closed_ring_has_no_graphs(monkeypatch):
+def test_steps_inside_inference_mode_and_outside(monkeypatch):
     monkeypatch.setenv("RINGKERN_BACKEND", "triton")
-    run_stub(forget, 3)
-
-
-def test_capture_is_on_the_ring_s_device(monkeypatch):
-    """Whichever device is the current one, or captured a graph before."""
-    used, device = [], torch.device("cuda", 3)
-    note = lambda name: lambda *args, **options: used.append((name, args, options))  # noqa: E731
-
-    @contextlib.contextmanager
-    def context(name, *args, **options):
-        used.append((name, args, options))
-        yield
-        used.append((f"end of {name}", (), {}))
-
-    graph = types.SimpleNamespace(replay=note("replay"))
-    monkeypatch.setattr(torch.cuda, "device", lambda *args: context("device", *args))
-    monkeypatch.setattr(torch.cuda, "graph", lambda *a, **options: context("graph", *a, **options))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda on: f"a stream of {on}")
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
-    graphs = DecodeGraphs.__new__(DecodeGraphs)
-    graphs._ring, graphs._memory = types.SimpleNamespace(device=device), None
-    result, replay = graphs.capture(lambda: note("step")() or "done")
-    assert result == "done" and replay is graph.replay
-    options = dict(pool="a pool", stream="a stream of cuda:3", capture_error_mode="thread_local")
-    assert used == [
-        ("device", (device,), {}),
-        ("graph", (graph,), options),
-        ("step", (), {}),
-        ("end of graph", (), {}),
-        ("end of device", (), {}),
-    ]
-
-
-def test_attention_on_its_own_is_refused_in_a_capture(monkeypatch):
-    """Its tables would be read by replays when they are gone."""
-    x = torch.zeros(1, 5, 2, 16, device=accelerator.DEVICE)
-    monkeypatch.setattr(local, "captures", lambda device: True)
-    with pytest.raises(UnsupportedError, match="Use ringkern.DecodeGraphs"):
-        ringkern.attn_func(x, x, x, backend="triton")
+    assert run_stub(slots_of_both_modes, 1) == [3]
 
 
 def refuse(ring):

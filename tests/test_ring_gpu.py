@@ -119,20 +119,58 @@ def check_graphs(ring, method):
     session.feed(plan)
     session.step(plan)
     inputs: dict = {}
+    eye = torch.eye(HEADDIM, dtype=torch.bfloat16, device=ring.device)
 
     def step(plan):
-        static = inputs[tuple(x.shape for x in session.mine)]
-        session.mine = static
+        q, k, v = inputs[tuple(x.shape for x in session.mine)]
+        session.mine = [q @ eye, k, v]  # cuBLAS leaves a workspace in the graphs' memory
         return session.step(plan)
 
     graphs = ringkern.DecodeGraphs(ring, session.cache, step)
-    for number in range(5 * ring.world_size):
-        plan = session.placement.decode(list(LENGTHS))
-        session.feed(plan)
-        key = tuple(x.shape for x in session.mine)
-        for held, new in zip(inputs.setdefault(key, session.mine), session.mine, strict=True):
-            held.copy_(new)
-        session.check(plan, graphs.run(plan), f"{ring} {method} graph, step {number}")
+    for grown in (0, 900):  # then K and V need more room on the wire: all graphs are made anew
+        if grown:
+            session.feed(plan := session.placement.prefill({"c": grown}))
+            session.check(plan, session.step(plan), f"{ring} {method} between graphs")
+        for number in range(4 * ring.world_size):
+            plan = session.placement.decode(list(LENGTHS))
+            session.feed(plan)
+            key = tuple(x.shape for x in session.mine)
+            for held, new in zip(inputs.setdefault(key, session.mine), session.mine, strict=True):
+                held.copy_(new)
+            name = f"{ring} {method} graph, {grown} more, step {number}"
+            session.check(plan, graphs.run(plan), name)
+
+
+def check_refused_capture(ring):
+    """A call with a cache in a capture by hand: refused before anything is stored."""
+    session = Session(ring, torch.bfloat16, "pass_kv")
+    session.feed(plan := session.placement.prefill(LENGTHS))
+    capture = torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local")
+    with pytest.raises(ringkern.UnsupportedError, match="DecodeGraphs"), capture:
+        session.step(plan)
+    session.check(plan, session.step(plan), f"{ring} after a capture that was refused")
+
+
+def check_two_streams(ring):
+    """Calls share buffers, also those that are made on streams of their own."""
+    plan = ringkern.Placement(ring.world_size).prefill(LENGTHS)
+    draw = torch.Generator().manual_seed(3)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    given = []
+    for _ in streams:
+        new = [torch.randn(plan.total, n, HEADDIM, generator=draw).bfloat16() for n in HEADS]
+        given.append([plan.shard(x, ring.rank).to(ring.device) for x in new])
+    for method in METHODS:
+        want = [ring.attn(*qkv, plan, method=method) for qkv in given]
+        torch.cuda.synchronize()
+        got = []
+        for _ in range(4):
+            for stream, qkv in zip(streams, given, strict=True):
+                with torch.cuda.stream(stream):
+                    got.append(ring.attn(*qkv, plan, method=method))
+        torch.cuda.synchronize()
+        for number, out in enumerate(got):
+            assert torch.equal(out, want[number % 2]), f"{ring} {method} call {number}"
 
 
 def check_captured_passes(ring):
@@ -222,6 +260,8 @@ def alone(worker):
         for method in METHODS:
             check_graphs(ring, method)
         check_captured_passes(ring)
+        check_refused_capture(ring)
+        check_two_streams(ring)
         # A world of one sends nothing in a call; the transport itself does.
         x, y = torch.arange(1 << 20, device="cuda:0"), torch.empty(1 << 20, device="cuda:0").long()
         ring._link.exchange([(0, x)], [(0, y)]).wait()
@@ -254,6 +294,8 @@ def by_nccl(worker):
         for method in METHODS:
             check_graphs(ring, method)
         check_captured_passes(ring)
+        check_refused_capture(ring)
+        check_two_streams(ring)
 
 
 def test_ranks_on_one_gpu_over_nccl():

@@ -168,7 +168,8 @@ class KVCache:
         held = [mine.held(number) for number, _ in new[self.ring.rank]]
         slots = [x.pages[-1] * size + (x.tokens - 1) % size for x in held]
         slots = np.array(slots, dtype=np.int64)
-        reservation.new_slots = upload(slots, self.ring.device, into)
+        with torch.inference_mode(False):  # overwritten inside that mode and outside
+            reservation.new_slots = upload(slots, self.ring.device, into)
         return reservation.new_slots
 
     def ran(self, plan: Plan) -> None:

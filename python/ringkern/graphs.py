@@ -1,5 +1,8 @@
 """Decode steps as CUDA graphs."""
 
+import atexit
+import weakref
+
 import torch
 
 from ringkern.cache import KVCache
@@ -74,6 +77,8 @@ class DecodeGraphs:
         # The graphs', which run one after another.
         self._memory = self._stream = None
         ring.graphs.add(self)
+        # Before the ring's link closes, which was to be closed at exit before this.
+        atexit.register(_clear, weakref.ref(self))
 
     def run(self, plan: Plan):
         """Return what step(plan) returns; tensors of a graph hold it until the next run.
@@ -113,10 +118,12 @@ class DecodeGraphs:
         """Return (what step() returns, a function that does its work again) without doing it."""
         device = self._ring.device
         with torch.cuda.device(device):
-            if self._memory is None:
-                self._memory = torch.cuda.graph_pool_handle()
+            if self._stream is None:
                 # torch's own is of whatever device captured first.
                 self._stream = torch.cuda.Stream(device)
+            if not any(shape.replay for shape in self._shapes.values()):
+                # torch has ended a pool whose graphs are gone, and takes it for no new one.
+                self._memory = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # NCCL and the watching thread do on other threads what "global" forbids these.
             options = dict(stream=self._stream, capture_error_mode="thread_local")
@@ -125,7 +132,10 @@ class DecodeGraphs:
         return result, graph.replay
 
     def clear(self) -> None:
-        """Forget all graphs: a communicator does not end while one has its exchanges."""
+        """Forget all graphs: a communicator does not end while one has its exchanges.
+
+        At exit, and when the ring closes, it is done for you.
+        """
         for shape in self._shapes.values():
             self._ring.programs.release(shape.fixed.programs)
         self._shapes.clear()
@@ -135,3 +145,9 @@ class DecodeGraphs:
         """Return what is the same of plans of a shape, on every rank."""
         counts = plan.all_counts().sum(axis=0).tobytes()
         return counts, visibility(plan, UNBOUNDED, 0).tobytes()
+
+
+def _clear(graphs: weakref.ref) -> None:
+    alive = graphs()
+    if alive is not None:
+        alive.clear()

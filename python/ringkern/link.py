@@ -10,8 +10,6 @@ import torch
 
 from ringkern.errors import check
 
-_CROWD = 64  # exchanges whose buffers are kept before the GPU is asked which of them are over
-
 
 class Ticket:
     """A posted exchange. Its tensors stay alive until it is done, also if the ticket is dropped."""
@@ -95,7 +93,10 @@ class Link:
 
 
 class DeviceLink(Link):
-    """Ranks as processes, for the memory of each one's GPU: on the caller's current stream."""
+    """Ranks as processes, for the memory of each one's GPU: on the caller's current stream.
+
+    Buffers stay alive until the GPU has done with them, which is noticed at the next call.
+    """
 
     def __init__(self, core, name: str, addresses: list[str], device: torch.device):
         super().__init__(core, name, addresses)
@@ -124,8 +125,7 @@ class DeviceLink(Link):
         return torch.cuda.current_stream(self.device).cuda_stream
 
     def post(self, sends, recvs, keep) -> Ticket:
-        if len(self._kept) >= _CROWD:
-            self._let_go()
+        self._let_go()
         if self._clock:
             posted = self._clock.now()
         number = self._core.exchange(sends, recvs, self.stream())
@@ -149,6 +149,7 @@ class DeviceLink(Link):
     @contextlib.contextmanager
     def run_of_graph(self):
         """Have a graph's run watched that is put on the current stream: by the ring's deadline."""
+        self._let_go()
         stream = self.stream()
         run = self._core.begin_run(stream)
         try:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 from ringkern.blocks import Pool
-from ringkern.capture import captures
 from ringkern.errors import UnsupportedError, check
 from ringkern.plan import Plan
 from ringkern.program import Program, Room
@@ -37,8 +36,7 @@ class Programs:
     def __init__(self, rank: int, device: torch.device, backend, order: tuple[int, ...]):
         self._rank, self._device, self._backend, self._order = rank, device, backend, order
         self._pool = Pool()
-        self._latest: dict[tuple, Program] = {}  # of the latest plan
-        self._plan: Plan | None = None  # which that is
+        self._latest: list[tuple[Plan, dict[tuple, Program]]] = []  # by plan, the latest one last
         self._fixed: Fixed | None = None
         self._captured: list[Program] = []  # graphs use their buffers
 
@@ -46,23 +44,44 @@ class Programs:
         """Return the method of calls that leave it to the ring, which takes `method` for this one."""
         return method if self._fixed is None else self._fixed.methods.setdefault(problem, method)
 
-    def find(self, plan, method, problem, cache, dtype, partial_dtype) -> Program:
-        """Return the program of such a call: the one of the layer before, or a new one."""
-        if plan is not self._plan:  # those of earlier plans will hardly run again
-            self._latest.clear()
-            self._plan = plan
-        programs = self._latest if self._fixed is None else self._fixed.programs
+    def check_capture(self, captured: bool, cache) -> None:
+        """Raise, before anything is stored, where a captured call could not be replayed."""
+        if captured and cache is not None and self._fixed is None:
+            raise UnsupportedError(
+                "a call with a cache in a CUDA graph: want one of DecodeGraphs, as a replay needs "
+                "the lengths and pages of its own plan. Use ringkern.DecodeGraphs."
+            )
+
+    def find(self, plan, method, problem, cache, dtype, partial_dtype, captured) -> Program:
+        """Return the program of such a call: the one of the layer before, or a new one.
+
+        captured: whether the call becomes part of a CUDA graph.
+        """
+        programs = self._programs_of(plan, captured)
         key = method, problem, getattr(cache, "number", None), partial_dtype
         program = programs.get(key)
-        captured = captures(self._device)
         if program is None:
-            hint = "Make the same call with this plan once before the capture."
+            hint = "Make the same call with this plan just before the capture."
             check(not captured, "plan", "one that has run, for a CUDA graph", "a new one", hint)
             program = self._make(plan, method, problem, cache, dtype, partial_dtype)
             programs[key] = program
         if captured and program not in self._captured:
             self._captured.append(program)
         return program
+
+    def _programs_of(self, plan, captured) -> dict[tuple, Program]:
+        if self._fixed is not None:
+            return self._fixed.programs
+        for at, (known, programs) in enumerate(self._latest):
+            if known is plan:
+                self._latest.append(self._latest.pop(at))
+                return programs
+        if captured:  # a new plan, which will be refused
+            return {}
+        # Two batches may go through the layers side by side; plans before will hardly run again.
+        del self._latest[:-1]
+        self._latest.append((plan, {}))
+        return self._latest[-1][1]
 
     def _make(self, plan, method, problem, cache, dtype, partial_dtype):
         fixed, backend = self._fixed, self._backend(problem)
@@ -113,7 +132,6 @@ class Programs:
     def clear(self) -> None:
         """Forget the programs and their buffers, but for what graphs use."""
         self._latest.clear()
-        self._plan = None
         self._pool.clear()
 
 

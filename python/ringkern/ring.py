@@ -1,5 +1,6 @@
 """The ring: checks a call, chooses its method, and runs its program over the transport."""
 
+import contextlib
 import weakref
 
 import torch
@@ -8,6 +9,7 @@ from ringkern import calibrate, env
 from ringkern.agreement import agree
 from ringkern.backend import pick_backend
 from ringkern.cache import KVCache
+from ringkern.capture import captures
 from ringkern.collectives import Collectives
 from ringkern.cost import Choice, choose
 from ringkern.errors import TransportError, UnsupportedError, check
@@ -16,6 +18,7 @@ from ringkern.problem import check_dims, make_asked, make_problem, signature
 from ringkern.programs import Programs
 from ringkern.schedule import check_method
 from ringkern.stats import Stats
+from ringkern.streams import Turns
 from ringkern.tracer import make_tracer
 from ringkern.types import Hardware, Problem
 from ringkern.upload import upload
@@ -47,6 +50,7 @@ class Ring(Collectives):
         self.order = transport.order or tuple(range(self.world_size))
         self.programs = Programs(self.rank, device, self.backend, self.order)
         self.graphs = weakref.WeakSet()  # the DecodeGraphs of this ring
+        self._turns = Turns(device)
         self.compares_arguments = env.flag("RINGKERN_CHECK")
         self._closed = False
 
@@ -192,21 +196,25 @@ class Ring(Collectives):
         if method == "auto":
             method = self._choose(plan, problem, partial_dtype).method
             method = self.programs.pin(problem, method)
+        captured = captures(self.device)
+        self.programs.check_capture(captured, cache)
         self._stats.begin(method)
-        own_kv = cache.write(plan, layer, k, v) if cache else (k, v)
-        program = self.programs.find(plan, method, problem, cache, q.dtype, partial_dtype)
-        if program.kv_room:
-            self._load(program, plan, k, v, cache, layer)
-        if program.sends_q:
-            q = q.contiguous()
-        try:
-            out, lse = program.run(self._link, self._stats, q, own_kv, sinks)
-        except BaseException as error:
-            # Between a post and its wait the ranks are an exchange apart, and buffers under way:
-            # where the call was interrupted there, the ring fails on every rank.
-            if not isinstance(error, TransportError):
-                self._link.abort(f"a call ended with {type(error).__name__}: {error}")
-            raise
+        with contextlib.nullcontext() if captured else self._turns:
+            own_kv = cache.write(plan, layer, k, v) if cache else (k, v)
+            given = plan, method, problem, cache, q.dtype, partial_dtype
+            program = self.programs.find(*given, captured)
+            if program.kv_room:
+                self._load(program, plan, k, v, cache, layer)
+            if program.sends_q:
+                q = q.contiguous()
+            try:
+                out, lse = program.run(self._link, self._stats, q, own_kv, sinks)
+            except BaseException as error:
+                # Between a post and its wait the ranks are an exchange apart, and buffers under
+                # way: where the call was interrupted there, the ring fails on every rank.
+                if not isinstance(error, TransportError):
+                    self._link.abort(f"a call ended with {type(error).__name__}: {error}")
+                raise
         self._stats.end()
         return out, lse
 
@@ -312,9 +320,11 @@ class Ring(Collectives):
         """Return the latest stats.Event of this rank, oldest first: for timelines."""
         return list(self._stats.events)
 
+    @contextlib.contextmanager
     def watch(self):
         """Return a context for the run of a CUDA graph with calls in it: the deadline is on it."""
-        return self._link.run_of_graph()
+        with self._turns, self._link.run_of_graph():
+            yield
 
     def close(self) -> None:
         """Leave the ring. Safe to call again; never hangs."""
