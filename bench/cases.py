@@ -9,7 +9,7 @@ from ringkern.schedule import METHODS
 from bench import host, memory, planning, ring, stages, transport
 from bench.calibration import CALIBRATE
 from bench.case import Case
-from bench.gpu_cases import device_exchange, gpu_cases, overlap_case
+from bench.gpu_cases import device_exchange, gpu_cases, overlap_case, post_case
 from bench.paper import PAPER_PASS_Q, UNPADDED, hides_kv
 
 
@@ -230,6 +230,7 @@ CASES = (
     _exchange("16MiB", 4, 16 * MIB, 1.0, repetitions=20),
     _options(),
     device_exchange(),
+    *(post_case(messages) for messages in (1, 7)),
     *(overlap_case("tcp", 2, link) for link in (RDMA_LIKE, TCP_LIKE)),
     *(_ring(1024, dtype, calls=5) for dtype in DTYPES),  # short: where waiting shows
     *(_ring(n, dtype, targets=RING_TARGETS) for n in (8192, 16384) for dtype in DTYPES),

@@ -1,6 +1,6 @@
 """The cases that need a GPU: kernels, and what rings of GPUs move and hide."""
 
-from bench import gpu, overlap, staged
+from bench import gpu, overlap, posting, staged
 from bench.case import Case
 from bench.gpu_decode import DECODE
 from bench.gpu_merge import MERGE
@@ -98,6 +98,8 @@ def gpu_cases():
     yield gpu_pack("gather", 256 * k, least=0.85)
     yield gpu_pack("scatter", 256 * k, least=0.85)
     yield device_exchange(on_gpu=True)
+    for messages in (1, 7):
+        yield post_case(messages, on_gpu=True)
     yield overlap_case("nccl", 1, on_gpu=True)  # to itself: NCCL's kernels beside attention
     yield overlap_case("tcp", 2, on_gpu=True)
 
@@ -120,6 +122,23 @@ def device_exchange(on_gpu: bool = False) -> Case:
         repetitions=20,
         on_gpu=on_gpu,
         quick={"nbytes": (3 << 20) + 24},
+    )
+
+
+def post_case(messages: int, on_gpu: bool = False) -> Case:
+    """Return a case of what posting a group of messages over NCCL takes of the host."""
+    return Case(
+        f"{'gpu' if on_gpu else 'stub'}/post/nccl/w1/m{messages}",
+        posting.POST,
+        dict(messages=messages, nbytes=64 << 10),
+        1,
+        "int64",
+        layout=None,
+        transport="nccl",
+        repetitions=20,
+        calls=64,
+        on_gpu=on_gpu,
+        quick=dict(nbytes=80),
     )
 
 
