@@ -1,6 +1,7 @@
 """The choice of method: the model's arithmetic, the paper's rules, profiles as files."""
 
 import dataclasses
+import gc
 import json
 import os
 
@@ -201,6 +202,20 @@ def test_calibration_gives_every_rank_the_same():
     profiles = run_threads(lambda ring: calibrate.measure(ring, 0.1), 3)
     assert profiles[0] == profiles[1] == profiles[2]
     assert profiles[0].link_gb_s > 0 and len(profiles[0].attend_tflops) == len(calibrate.SHAPES)
+
+
+def test_small_heads_are_not_millions_of_tensors():
+    """K and V that are in no cache are many where each is small: 4 million of one element."""
+    smallest = Problem(1, 1, 1, 1, 1, "float32", False, 1.0, (-1, -1), 0.0)
+
+    def count(ring):
+        before = len(gc.get_objects())
+        attend = calibrate._attention(ring, 1, 1, smallest)
+        attend()
+        return len(gc.get_objects()) - before
+
+    (made,) = run_threads(count, 1)
+    assert made < 1000
 
 
 def meet_elsewhere(ring):

@@ -112,14 +112,14 @@ def _attention(ring, rows, keys, problem):
     k_shape, v_shape = ((1, keys, nheads_k, d) for d in (problem.headdim, problem.headdim_v))
     sizes = [math.prod(shape) for shape in (k_shape, v_shape)]
     layers = max(1, COLD_BYTES // (sum(sizes) * dtype.itemsize))
-    pool = itertools.cycle(torch.ones(layers, sum(sizes), **here).split(1))
+    pool, turns = torch.ones(layers, sum(sizes), **here), itertools.cycle(range(layers))
     run = (np.array([[0, 0, 0, count, 1]], dtype=np.int64) for count in (rows, keys))
     spans = tiles.make_spans(*run, tiles.UNBOUNDED, tiles.UNBOUNDED)
     work = local.prepare(spans, problem, ring.device, ring.backend(problem), rows=rows)
     state = local.make_state(q, problem.headdim_v)
 
     def attend():
-        k, v = next(pool)[0].split(sizes)
+        k, v = pool[next(turns)].split(sizes)
         local.step(q, k.view(k_shape), v.view(v_shape), *state, work, problem)
 
     return attend
