@@ -38,4 +38,6 @@ def tiny(case: Case) -> Case:
     """Return the case in sizes that take no time, for one or three ranks: numbers mean nothing."""
     world_size = case.world_size if not case.in_ranks or case.world_size == 1 else 3
     counts = dict(world_size=world_size, repetitions=2, calls=min(case.calls, 3), warmup=1)
+    if case.link_mbit:  # shaped, but not slow
+        counts["link_mbit"] = 1000
     return replace(case, shape=case.shape | case.quick, targets={}, **counts)

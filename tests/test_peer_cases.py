@@ -200,8 +200,10 @@ TURNS = [
     ("one new token, more ranks than keys", 6, 1, [(1, 2)], (2, 1, 8, 8)),
     ("TensorRT-LLM, decode", 4, 64, [(1, n) for n in (64, 1024, 16384)], (4, 1, 8, 8)),
     ("TensorRT-LLM, decode of a million", 4, 64, [(1, 1_048_576)], (2, 1, 8, 8)),
-    ("TensorRT-LLM, decode of 8", 4, 16, [(1, 131_072)] * 8, (2, 1, 8, 8)),
-    ("TensorRT-LLM, decode of 16", 4, 16, [(1, 65_536)] * 16, (2, 1, 8, 8)),
+    (
+        "TensorRT-LLM, decode of half of 8 and half of 16", 4, 16,
+        [(1, 131_072)] * 4 + [(1, 65_536)] * 8, (2, 1, 8, 8),
+    ),
     ("lucidrains, decode", 8, 16, [(1, 31)], (2, 2, 8, 8)),
 ]  # fmt: skip
 
