@@ -29,6 +29,7 @@ class Case:
     session: str | None = None  # cases of one session share processes, rings and a profile
     on_gpu: bool = False
     needs: str | None = None  # a package that may not be there
+    why_not: Callable = operation.nothing  # (case) -> why this machine cannot measure it, or None
     quick: dict[str, int] = field(default_factory=dict)  # sizes that only try the machinery
     # impl -> record field -> what it should be at most
     targets: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -138,6 +138,7 @@ def post_case(messages: int, on_gpu: bool = False) -> Case:
         repetitions=20,
         calls=64,
         on_gpu=on_gpu,
+        why_not=posting.why_not,
         quick=dict(nbytes=80),
     )
 

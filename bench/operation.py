@@ -21,7 +21,7 @@ class Operation:
 
 
 def nothing(case) -> None:
-    """The flops or bytes_sent of an operation that has none."""
+    """The flops or bytes_sent of an operation that has none, or the reason against a case."""
 
 
 def timed(call, *args) -> float:

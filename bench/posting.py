@@ -24,10 +24,20 @@ class State:
     tickets: list = field(default_factory=list)
 
 
+def why_not(case) -> str | None:
+    """Return why the stub NCCL cannot stand in where it must; None where it can."""
+    from tests.stub_gpu import why_no_stubs
+
+    return None if _is_real(case) else why_no_stubs() or None
+
+
+def _is_real(case) -> bool:
+    return case.on_gpu and torch.cuda.is_available()
+
+
 def make_inputs(session, case) -> State:
     """Return the rank's messages and a link over NCCL."""
-    on_gpu = case.on_gpu and torch.cuda.is_available()
-    link, finish = _open_gpu() if on_gpu else _open_stub()
+    link, finish = _open_gpu() if _is_real(case) else _open_stub()
     shape = case.shape["messages"], case.shape["nbytes"] // 8
     out = torch.arange(shape[0] * shape[1], device=link.device).view(shape)
     return State(link, finish, out, torch.full_like(out, -1))

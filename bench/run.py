@@ -62,7 +62,7 @@ def why_not(case: Case, quick: bool) -> str | None:
         return links.why_not()
     if case.needs and importlib.util.find_spec(case.needs) is None:
         return f"no {case.needs} here: pip install {case.needs}"
-    return gpu.why_not(quick) if case.on_gpu else None
+    return (case.on_gpu and gpu.why_not(quick)) or case.why_not(case)
 
 
 def run_rank(worker, chosen: list[Case], shaped: links.Links | None, quick: bool) -> None:
@@ -127,7 +127,8 @@ class Run:
         together: dict[tuple, list] = {}
         for case in chosen:
             alone = None if self.args.quick else case.session or case.id
-            key = case.in_ranks, case.world_size, case.link_mbit, case.on_gpu, case.needs, alone
+            why = why_not(case, self.args.quick)
+            key = case.in_ranks, case.world_size, case.link_mbit, case.on_gpu, why, alone
             together.setdefault(key, []).append(case)
         return list(together.values())
 

@@ -99,6 +99,9 @@ def test_unaligned_inputs_are_copied_and_that_is_said_once(way):
     local._warn_copy.cache_clear()
     with pytest.warns(RuntimeWarning) as told:
         got = ringkern.attn_func(way(q), k, way(v), **options)
+    told = [
+        one for one in told if one.category is RuntimeWarning
+    ]  # Triton's interpreter has others
     assert [str(one.message).partition(":")[0] for one in told] == [
         f"attention copies {name} in each call" for name in "qv"
     ]
