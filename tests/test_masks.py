@@ -7,6 +7,7 @@ import pytest
 import ringkern
 import torch
 from ringkern.schedule import METHODS
+from test_peer_cases import prefilled
 from threads import run_threads
 
 # ---- one device
@@ -76,15 +77,6 @@ RINGS = [
 ]  # fmt: skip
 
 
-def prefilled(ring, lengths, qkv, options):
-    """Return this rank's rows, then its out and lse by each method."""
-    plan = ringkern.Placement(ring.world_size).prefill(dict(enumerate(lengths)))
-    mine = [plan.shard(x, ring.rank) for x in qkv]
-    options = dict(return_lse=True, **options)
-    found = [ring.attn(*mine, plan, method=method, **options) for method in METHODS]
-    return plan.indices(ring.rank), found
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("whose, world_size, lengths, options, sees", RINGS)
 def test_every_row_of_a_ring_sees_its_keys(whose, world_size, lengths, options, sees, dtype):
@@ -94,8 +86,8 @@ def test_every_row_of_a_ring_sees_its_keys(whose, world_size, lengths, options, 
     want = (document[:, None] == document) & sees(at[:, None], at[None])
     q, k = torch.ones(total, 2, 8, dtype=dtype), torch.zeros(total, 1, 8, dtype=dtype)
     v = torch.eye(total, dtype=dtype)[:, None]
-    for rows, found in run_threads(prefilled, world_size, lengths, (q, k, v), options):
-        for method, (out, lse) in zip(METHODS, found, strict=True):
+    for found in run_threads(prefilled, world_size, lengths, (q, k, v), options):
+        for method, (rows, out, lse) in zip(METHODS, found, strict=True):
             for head in range(2):
                 assert torch.equal(out[:, head] > 0, want[rows]), f"{whose}: {method}"
             count = want[rows].sum(1).float().log().expand_as(lse)

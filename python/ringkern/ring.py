@@ -18,8 +18,8 @@ from ringkern.problem import check_dims, make_asked, make_problem, signature
 from ringkern.programs import Programs
 from ringkern.schedule import check_method
 from ringkern.stats import Stats
-from ringkern.streams import Turns
 from ringkern.tracer import make_tracer
+from ringkern.turns import Turns
 from ringkern.types import Hardware, Problem
 from ringkern.upload import upload
 

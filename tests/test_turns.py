@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ringkern.streams import Turns
+from ringkern.turns import Turns
 
 GPU = torch.device("cuda", 1)
 
