@@ -89,10 +89,16 @@ class Placement:
         ok = ok and not isinstance(sequences, str | bytes | set | frozenset)
         check(ok, "sequences", "a list of sequence ids", repr(sequences))
         check(len(sequences) > 0, "sequences", "at least one sequence", "none")
-        for sequence in sequences:
-            self._record(sequence)
-        check(len(set(sequences)) == len(sequences), "sequences", "each once", list(sequences))
-        return self._extend(tuple(sequences), (1,) * len(sequences))
+        names = tuple(sequences)
+        try:
+            known = self._records.keys() >= set(names)
+        except TypeError:  # one cannot be hashed
+            known = False
+        if not known:
+            for sequence in names:  # says which
+                self._record(sequence)
+        check(len(set(names)) == len(names), "sequences", "each once", list(names))
+        return self._extend(names, (1,) * len(names))
 
     def _extend(self, sequences, lengths) -> Plan:
         records = [self._records.get(sequence) or self._begin(sequence) for sequence in sequences]
