@@ -111,7 +111,11 @@ def test_out_of_pages_changes_nothing_and_can_be_retried(world_size):
 
 def state(ring, placement, cache):
     """Return what a refused call must leave as it is."""
-    held = {name: list(record.held) for name, record in placement._records.items()}
+    history, ranks = placement._history, range(ring.world_size)
+    held = {
+        name: [history.chunks(record.row, rank) for rank in ranks]
+        for name, record in placement._records.items()
+    }
     books = [{n: (x.pages[:], x.tokens) for n, x in table._held.items()} for table in cache._tables]
     counts = {name: count for name, count in ring.stats().items() if name != "methods"}
     return held, placement._keys.tolist(), books, cache.stats(), counts, cache._k.sum().item()

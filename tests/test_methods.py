@@ -50,7 +50,7 @@ class Model:
     # What the placement tells a cache, it tells this one too.
 
     def truncated(self, number, held):
-        length = sum(chunk.length for chunks in held for chunk in chunks)
+        length = sum(held)
         if number in self.kv:
             self.kv[number] = tuple(x[:length] for x in self.kv[number])
 

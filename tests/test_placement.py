@@ -210,7 +210,7 @@ def test_sequences_of_one_length_are_not_sharded_alike():
 def tokens_of(placement, rank):
     """Yield how many tokens of each sequence the rank holds."""
     for record in placement._records.values():
-        yield sum(chunk.length for chunk in record.held[rank])
+        yield sum(chunk.length for chunk in placement._history.chunks(record.row, rank))
 
 
 def test_after_truncate_new_tokens_go_where_there_are_fewest():

@@ -52,6 +52,68 @@ def runs(draw, longest):
 WINDOWS = st.tuples(st.integers(-1, 20), st.integers(-1, 20))
 
 
+def in_pages(k_runs, order):
+    """Return the runs with their rows in another order, as a cache has them."""
+    table = k_runs.copy()
+    table[order, 1] = np.cumsum(k_runs[order, 3]) - k_runs[order, 3]
+    return table
+
+
+def by_row(runs):
+    """Return the sequence and the position of every row."""
+    found = np.zeros((2, runs[:, 3].sum()), dtype=np.int64)
+    for seq, offset, start, length, stride in runs:
+        found[0, offset : offset + length] = seq
+        found[1, offset : offset + length] = start + stride * np.arange(length)
+    return found
+
+
+def pairs_of_positions(q_runs, k_runs, left, right):
+    (q_seq, q_at), (k_seq, k_at) = by_row(q_runs), by_row(k_runs)
+    ahead = k_at - q_at[:, None]
+    return (q_seq[:, None] == k_seq) & (-left <= ahead) & (ahead <= right)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.tuples(runs(12), runs(20)), min_size=1, max_size=3), WINDOWS, st.booleans(),
+    st.booleans(), st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_spans_see_what_positions_say(pairs, window, causal, paged, random):
+    sides = tiles.bounds(causal, window)
+    if paged:
+        pairs = [(q, in_pages(k, random.sample(range(len(k)), len(k)))) for q, k in pairs]
+    each = tiles.make_spans_each(pairs, *sides)
+    for (q_runs, k_runs), spans in zip(pairs, each, strict=True):
+        want = pairs_of_positions(q_runs, k_runs, *sides)
+        np.testing.assert_array_equal(pairs_of_spans(spans, want.shape), want)
+        assert (tiles.counts(spans) > 0).all()
+
+
+def rows(*chunks, seq=0):
+    """Return runs of chunks (start, length), with rows that follow one another."""
+    lengths = [length for _, length in chunks]
+    offsets = itertools.accumulate(lengths, initial=0)
+    return np.array([(seq, at, *chunk, 1) for at, chunk in zip(offsets, chunks, strict=False)])
+
+
+def test_full_spans_side_by_side_are_one():
+    q, k = rows((100, 5), (200, 3)), rows((0, 10), (20, 10), (50, 7))
+    paged = in_pages(k, [1, 2, 0])
+    for keys in (k, paged):
+        assert tiles.make_spans(q, keys, tiles.UNBOUNDED, 0).tolist() == [
+            [0, 8, 0, 27, -7, 26, 1, 1]
+        ]
+    other = rows((300, 4), seq=1)
+    both = tiles.make_spans_each([(q, k), (np.concatenate([q, other]), k)], tiles.UNBOUNDED, 0)
+    assert [len(spans) for spans in both] == [1, 1], "not across sequences or tables"
+
+
+def test_a_span_is_not_joined_to_one_that_is_cut_by_a_window():
+    spans = tiles.make_spans(rows((100, 5)), rows((90, 2), (98, 2)), 10, 0)
+    assert spans.tolist() == [[0, 5, 0, 2, 0, 1, 1, 1], [0, 5, 2, 4, -4, 1, 1, 1]]
+
+
 @settings(max_examples=150)
 @given(
     runs(40), runs(90), WINDOWS, st.booleans(), st.sampled_from([1, 3, 8]), st.sampled_from([1, 4]),

@@ -245,10 +245,11 @@ class KVCache:
 
     # ---- what the placement tells
 
-    def truncated(self, number: int, held) -> None:
+    def truncated(self, number: int, held: list[int]) -> None:
+        """held: tokens that each rank keeps."""
         if number in self._lengths:
-            for table, chunks in zip(self._tables, held, strict=True):
-                table.truncate(number, sum(chunk.length for chunk in chunks))
+            for table, tokens in zip(self._tables, held, strict=True):
+                table.truncate(number, tokens)
             self._lengths[number] = sum(table.held(number).tokens for table in self._tables)
             self._unfinished.cut(number, self._lengths[number])
 

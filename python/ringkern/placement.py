@@ -6,19 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from ringkern.errors import check
+from ringkern.history import History
 from ringkern.plan import Plan
-from ringkern.types import Chunk
 
 
 @dataclass(slots=True)
 class _Record:
-    """One sequence: `held[rank]` are the chunks that the rank holds, by position."""
+    """One sequence."""
 
     changed: int  # how many plans there were when it was last truncated, or begun
     number: int  # never used again, so that caches tell a new sequence from a freed one
-    row: int  # of Placement._keys
-    length: int
-    held: list[tuple[Chunk, ...]]
+    row: int  # of the tables
 
 
 class Placement:
@@ -49,7 +47,9 @@ class Placement:
         # Per sequence and rank: tokens held * world_size + the rank's turn among equals. The least
         # key is where the next token goes.
         self._keys = np.zeros((4, world_size), dtype=np.int64)
-        self._free_rows = list(range(len(self._keys)))[::-1]
+        self._lengths = np.zeros(4, dtype=np.int64)  # tokens of each sequence
+        self._history = History(4, world_size)
+        self._free_rows = [3, 2, 1, 0]
         self._load = np.zeros(world_size, dtype=np.int64)  # tokens of all sequences, by rank
         self._watchers: list = []  # caches, told of fork, truncate and free
 
@@ -87,7 +87,8 @@ class Placement:
         # A set of strings has another order in each process.
         ok = isinstance(sequences, Collection)
         ok = ok and not isinstance(sequences, str | bytes | set | frozenset)
-        check(ok, "sequences", "a list of sequence ids", repr(sequences))
+        if not ok:
+            check(False, "sequences", "a list of sequence ids", repr(sequences))
         check(len(sequences) > 0, "sequences", "at least one sequence", "none")
         names = tuple(sequences)
         try:
@@ -103,9 +104,9 @@ class Placement:
     def _extend(self, sequences, lengths) -> Plan:
         records = [self._records.get(sequence) or self._begin(sequence) for sequence in sequences]
         rows = np.array([record.row for record in records])
-        starts = np.array([record.length for record in records], dtype=np.int64)
-        keys = self._keys[rows]
-        places = self._places(keys, starts, lengths)
+        new = np.array(lengths, dtype=np.int64)
+        starts, keys = self._lengths[rows], self._keys[rows]
+        places = self._places(keys, starts, new)
         self._plans += 1
         plan = Plan(
             self.world_size,
@@ -114,25 +115,21 @@ class Placement:
             sequences,
             starts,
             places,
-            tuple(tuple(record.held) for record in records),
+            self._history.at(rows),
             keys // self.world_size,
-            tuple(record.number for record in records),
+            tuple([record.number for record in records]),
             self._plans,
             self,
         )
-        counts = plan.counts(range(self.world_size))
+        ranks, runs = plan.all_runs()
+        counts = plan.all_counts()
         self._keys[rows] = keys + self.world_size * counts
         self._load += counts.sum(axis=0)
-        for rank, runs in enumerate(plan.all_runs()):
-            for seq, _, *chunk in runs.tolist():
-                held = records[seq].held
-                held[rank] = _appended(held[rank], Chunk(*chunk))
-        for record, length in zip(records, lengths, strict=True):
-            record.length += length
-        more = zip(records, lengths, strict=True)
-        dealt = [record for record, length in more if length > 1 or record.length == 1]
+        self._lengths[rows] = starts + new
+        self._history.append(rows[runs[:, 0]], ranks, runs[:, 2:])
+        dealt = np.flatnonzero((new > 1) | (starts == 0)).tolist()
         if dealt:
-            self._deal(dealt)
+            self._deal([records[index] for index in dealt])
         return plan
 
     def _deal(self, records) -> None:
@@ -172,37 +169,34 @@ class Placement:
         size, load = self.world_size, self._load.copy()
         if not load.any():
             return np.broadcast_to(np.arange(size), keys.shape)
-        extra = np.asarray(lengths) % (2 * size)
-        position = np.argsort(np.argsort(keys, axis=1), axis=1)  # 0: the rank that holds fewest
+        extra = lengths % (2 * size)
+        position = keys.argsort(axis=1).argsort(axis=1)  # 0: the rank that holds fewest
         for i in np.flatnonzero(starts == 0):
             order = load.argsort(kind="stable")
             position[i, order] = np.arange(size)
             load[order[: extra[i] - size * (extra[i] > size)]] += 1
         # The longer shares are places 0 .. extra - 1, or, beyond world_size, those from
         # 2 * world_size - extra on.
-        extra = extra[:, None]
-        return np.where(extra <= size, position, (position - extra) % size)
+        return (position - (extra * (extra > size))[:, None]) % size
 
     # ---- changes to the history
 
     def length(self, sequence: object) -> int:
         """Return how many tokens the sequence has."""
-        return self._record(sequence).length
+        return int(self._lengths[self._record(sequence).row])
 
     def truncate(self, sequence: object, length: int) -> None:
         """Forget the sequence's tokens from position `length` on: rejected drafts, retries."""
         record = self._record(sequence)
-        ok = isinstance(length, int) and not isinstance(length, bool)
-        ok = ok and 0 <= length <= record.length
-        check(ok, "length", f"0 to {record.length}, what {sequence!r} has", repr(length))
-        record.length, record.changed = length, self._plans
-        for rank, chunks in enumerate(record.held):
-            kept = _truncated(chunks, length)
-            lost = sum(c.length for c in chunks) - sum(c.length for c in kept)
-            self._keys[record.row, rank] -= self.world_size * lost
-            self._load[rank] -= lost
-            record.held[rank] = kept
-        self._tell("truncated", record.number, record.held)
+        has = int(self._lengths[record.row])
+        ok = isinstance(length, int) and not isinstance(length, bool) and 0 <= length <= has
+        check(ok, "length", f"0 to {has}, what {sequence!r} has", repr(length))
+        lost = np.array(self._history.truncate(record.row, length))
+        self._lengths[record.row], record.changed = length, self._plans
+        self._keys[record.row] -= self.world_size * lost
+        self._load -= lost
+        held = self._keys[record.row] // self.world_size
+        self._tell("truncated", record.number, held.tolist())
 
     def fork(self, sequence: object, new: object) -> None:
         """Begin sequence `new` with all tokens of `sequence`. Caches share the pages until one
@@ -211,7 +205,8 @@ class Placement:
         fresh = isinstance(new, Hashable) and new not in self._records
         check(fresh, "new", "an id that is not in use", repr(new))
         copy = self._begin(new)
-        copy.length, copy.held = record.length, list(record.held)
+        self._history.copy(record.row, copy.row)
+        self._lengths[copy.row] = self._lengths[record.row]
         self._keys[copy.row] = self._keys[record.row]
         self._load += self._keys[record.row] // self.world_size
         self._deal([copy])
@@ -222,6 +217,7 @@ class Placement:
         record = self._record(sequence)
         del self._records[sequence]
         self._load -= self._keys[record.row] // self.world_size
+        self._history.clear(record.row)
         self._free_rows.append(record.row)
         self._tell("freed", record.number)
 
@@ -256,11 +252,12 @@ class Placement:
         if not self._free_rows:
             self._free_rows = list(range(len(self._keys), 2 * len(self._keys)))[::-1]
             self._keys = np.concatenate([self._keys, np.zeros_like(self._keys)])
+            self._lengths = np.concatenate([self._lengths, np.zeros_like(self._lengths)])
+            self._history.grow()
         row, number = self._free_rows.pop(), self._numbers
         self._numbers += 1
-        self._keys[row] = np.arange(self.world_size)
-        record = _Record(self._plans, number, row, 0, [()] * self.world_size)
-        self._records[sequence] = record
+        self._keys[row], self._lengths[row] = np.arange(self.world_size), 0
+        record = self._records[sequence] = _Record(self._plans, number, row)
         return record
 
 
@@ -270,29 +267,3 @@ def _phases(keys):
     held = keys // size
     missing = (held.max(axis=1, keepdims=True) - held).sum(axis=1)
     return (-keys[:, 0] - missing) % size
-
-
-def _appended(held: tuple[Chunk, ...], new: Chunk) -> tuple[Chunk, ...]:
-    """Return held + (new,), joined where new continues the last chunk.
-
-    Decoded tokens of one rank are world_size apart: one run, however many they are.
-    """
-    if not held:
-        return (new,)
-    start, length, stride = held[-1]
-    gap = new.start - (start + (length - 1) * stride)
-    if length == 1 and new.length == 1:
-        return (*held[:-1], Chunk(start, 2, gap))
-    if gap == stride and (new.length == 1 or new.stride == stride):
-        return (*held[:-1], Chunk(start, length + new.length, stride))
-    return (*held, new)
-
-
-def _truncated(chunks: tuple[Chunk, ...], length: int) -> tuple[Chunk, ...]:
-    """Return what lies before position `length`."""
-    kept = []
-    for chunk in chunks:
-        count = min(chunk.length, max(0, -((chunk.start - length) // chunk.stride)))
-        if count:
-            kept.append(Chunk(chunk.start, count, chunk.stride if count > 1 else 1))
-    return tuple(kept)

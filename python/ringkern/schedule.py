@@ -100,12 +100,14 @@ def fill(plan: Plan, rank: int, steps, sides, own_kv=None, fixed=False) -> tuple
 
 def make_spans(plan: Plan, work, sides, own: dict[int, np.ndarray]) -> list[np.ndarray]:
     """Return the spans of each outlined work. own: K and V that do not lie packed, by rank."""
-    packed = plan.kv_blocks if sides[0] >= tiles.UNBOUNDED else plan.kv_runs
     pairs = list(dict.fromkeys((q_rank, kv_rank) for q_rank, kv_rank, _ in work))
-    tables = [
-        (plan.runs(q_rank), own[kv_rank] if kv_rank in own else packed(kv_rank))
-        for q_rank, kv_rank in pairs
-    ]
+    ranks = [rank for rank in dict.fromkeys(kv_rank for _, kv_rank in pairs) if rank not in own]
+    if sides[0] >= tiles.UNBOUNDED:
+        packed = plan.kv_blocks(ranks)
+    else:
+        packed = [plan.kv_runs(rank) for rank in ranks]
+    k_runs = own | dict(zip(ranks, packed, strict=True))
+    tables = [(plan.runs(q_rank), k_runs[kv_rank]) for q_rank, kv_rank in pairs]
     whole = dict(zip(pairs, tiles.make_spans_each(tables, *sides), strict=True))
     halves = {(q, k): tiles.halve(whole[q, k]) for q, k, half in work if half == FIRST_HALF}
     return [halves[q, k][half - 1] if half else whole[q, k] for q, k, half in work]
@@ -265,7 +267,7 @@ def visibility(plan: Plan, left: int, right: int) -> np.ndarray:
 def _sees(plan, left, right):
     size = plan.world_size
     unlike = _unlike(plan)
-    asks = plan.counts(range(size), unlike) > 0  # [sequences, ranks]
+    asks = plan.counts(np.arange(size), unlike) > 0  # [sequences, ranks]
     cached = np.zeros_like(asks) if plan.cached is None else plan.cached[unlike] > 0
     sees = np.diag(asks.any(axis=0))  # a query sees its own key
     if left >= tiles.UNBOUNDED:

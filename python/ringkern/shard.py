@@ -1,5 +1,8 @@
 """Layouts: which rank holds which positions of a sequence. The only place where they differ."""
 
+import itertools
+from typing import NamedTuple
+
 import numpy as np
 
 from ringkern.errors import check
@@ -16,72 +19,100 @@ def check_layout(layout: str) -> None:
     check(layout in LAYOUTS, "layout", f"one of {', '.join(LAYOUTS)}", repr(layout))
 
 
-def runs(layout: str, lengths, world_size: int, place) -> np.ndarray:
-    """Return the runs that one rank holds of a packed batch, int64 [n, 5], columns as in Run.
+class Shares(NamedTuple):
+    """What each rank gets of each sequence, in one or two chunks; empty ones have length 0."""
 
-    Each sequence is sharded alone. Where a length does not divide, some ranks hold one position
-    more, so any two differ by at most one token per sequence. Runs come in packed order: by
-    sequence, then by position. Empty runs are left out.
+    start: np.ndarray  # int64 [ranks, sequences, chunks], as `length`
+    length: np.ndarray
+    stride: int
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How many positions each rank gets of each sequence, int64 [sequences, ranks]."""
+        return self.length.sum(axis=2).T
+
+
+def deal(layout: str, lengths, world_size: int, places) -> Shares:
+    """Return the shares of a packed batch.
+
+    Each sequence is sharded alone. Where a length does not divide, some ranks get one position
+    more, so any two differ by at most one token per sequence.
 
     Args:
         lengths: positions per sequence, [sequences].
-        place: which share of a sequence is this rank's, 0 .. world_size - 1: an int, or one for
-            each sequence. Where nothing else is said, a rank's place is its number.
+        places: which share of each sequence is each rank's, 0 .. world_size - 1: [sequences, ranks],
+            or [1, ranks] where they are the same for every sequence. Where nothing else is said, a
+            rank's place is its number.
     """
-    return runs_each(layout, lengths, world_size, np.asarray(place).reshape(-1, 1))[0]
-
-
-def runs_each(layout: str, lengths, world_size: int, places) -> list[np.ndarray]:
-    """Return runs() of several ranks: all at once, as calls of numpy cost time.
-
-    places: [sequences, ranks], or [1, ranks] where they are the same for every sequence.
-    """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    places = np.asarray(places, dtype=np.int64).T  # [ranks, sequences]
-    shape = len(places), len(lengths)
-    chunks = 2 if layout == "zigzag" else 1
-    table = np.empty((*shape, chunks, 5), dtype=np.int64)
-    table[..., 0] = np.arange(len(lengths))[None, :, None]
-    table[..., 4] = 1
-    start, length = table[..., 2], table[..., 3]
+    lengths = np.asarray(lengths, dtype=np.int64)[:, None]
+    places = np.asarray(places, dtype=np.int64).T[:, :, None]  # [ranks, sequences, 1]
     if layout == "striped":
-        start[..., 0], table[..., 4] = places, world_size
-        length[..., 0] = (lengths - places + world_size - 1) // world_size
-    elif layout == "contiguous":
-        start[..., 0], length[..., 0] = _chunk(lengths, world_size, places)
-    else:
-        start[..., 0], length[..., 0] = _chunk(lengths, 2 * world_size, places)
-        late = 2 * world_size - 1 - places
-        start[..., 1], length[..., 1] = _chunk(lengths, 2 * world_size, late)
-        # The last place's two chunks are neighbours: one run.
-        last = np.broadcast_to(places == world_size - 1, shape)
-        length[..., 0] += np.where(last, length[..., 1], 0)
-        length[..., 1] = np.where(last, 0, length[..., 1])
-    kept = length > 0
-    edges = np.cumsum(kept.sum(axis=(1, 2)))[:-1]
-    each = np.split(table[kept], edges) if len(edges) else [table[kept]]
-    for rows in each:
-        rows[:, 1] = np.cumsum(rows[:, 3]) - rows[:, 3]
-    return each
+        length = (lengths - places + world_size - 1) // world_size
+        return Shares(np.broadcast_to(places, length.shape), length, world_size)
+    if layout == "contiguous":
+        return Shares(*_chunk(lengths, world_size, places), 1)
+    both = np.concatenate([places, 2 * world_size - 1 - places], axis=2)
+    start, length = _chunk(lengths, 2 * world_size, both)
+    # The last place's two chunks are neighbours: one chunk.
+    late = length[..., 1] * (places == world_size - 1)[..., 0]
+    length[..., 0] += late
+    length[..., 1] -= late
+    return Shares(start, length, 1)
+
+
+def runs(shares: Shares) -> tuple[np.ndarray, np.ndarray]:
+    """Return whose each run is, int64 [n], and the runs of all ranks, int64 [n, 5], as in Run.
+
+    By rank, and of one in packed order: by sequence, then by position. None is empty. Offsets are
+    as pack() gives them.
+    """
+    ranks, sequences, chunks = shares.length.shape
+    kept = shares.length.ravel().nonzero()[0]
+    index = kept // chunks
+    table = np.empty((len(kept), 5), dtype=np.int64)
+    table[:, 0], table[:, 4] = index % sequences, shares.stride
+    table[:, 2], table[:, 3] = shares.start.ravel()[kept], shares.length.ravel()[kept]
+    whose = index // sequences
+    _set_offsets(table, whose, ranks)
+    return whose, table
+
+
+def split(table: np.ndarray, whose: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """Return the rows of each rank, of a table that is ordered by rank."""
+    edges = whose.searchsorted(np.arange(ranks + 1)).tolist()
+    return [table[begin:end] for begin, end in itertools.pairwise(edges)]
+
+
+def pack(ranks: int, *parts: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
+    """Return for each rank its runs of all parts, as they lie in one packed tensor.
+
+    By sequence, and of one sequence those of the first part first, with offsets.
+
+    Args:
+        parts: whose each run is, int64 [n], and the runs, int64 [n, 5], by rank and sequence.
+    """
+    whose, table = (np.concatenate(side) for side in zip(*parts, strict=True))
+    order = (whose * (table[:, 0].max(initial=0) + 1) + table[:, 0]).argsort(kind="stable")
+    table, whose = table.take(order, axis=0), whose[order]
+    _set_offsets(table, whose, ranks)
+    return split(table, whose, ranks)
+
+
+def _set_offsets(table, whose, ranks) -> None:
+    """Let each rank's runs, ordered by rank, follow one another in a tensor of its own."""
+    ends = np.concatenate([[0], table[:, 3].cumsum()])
+    before = ends[whose.searchsorted(np.arange(ranks))]
+    table[:, 1] = ends[:-1] - before[whose]
 
 
 def _chunk(lengths, count: int, index):
     """Return (start, length) of chunk `index` of `count`; the first ones take what is left over."""
-    base, extra = lengths // count, lengths % count
+    base, extra = np.divmod(lengths, count)
     return index * base + np.minimum(index, extra), base + (index < extra)
-
-
-def counts(layout: str, lengths, world_size: int, place) -> np.ndarray:
-    """Return how many positions of each sequence are at a place; [sequences, 1] or more places."""
-    lengths = np.asarray(lengths, dtype=np.int64)[:, None]
-    if layout != "zigzag":  # one chunk each, or one stripe: the first places take what is left over
-        return _chunk(lengths, world_size, place)[1]
-    late = 2 * world_size - 1 - place
-    return _chunk(lengths, 2 * world_size, place)[1] + _chunk(lengths, 2 * world_size, late)[1]
 
 
 def chunks(layout: str, seqlen: int, world_size: int, rank: int) -> tuple[Chunk, ...]:
     """Return the chunks that a rank holds of one sequence, in the order it holds them."""
     check_layout(layout)
-    table = runs(layout, (seqlen,), world_size, rank)
+    _, table = runs(deal(layout, (seqlen,), world_size, [[rank]]))
     return tuple(Chunk(*row) for row in table[:, 2:].tolist())

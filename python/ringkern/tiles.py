@@ -1,5 +1,6 @@
 """From runs to the integer tables that a step reads: which rows see which rows, and how."""
 
+import itertools
 import math
 
 import numpy as np
@@ -43,60 +44,81 @@ def make_spans_each(tables, left: int, right: int) -> list[np.ndarray]:
     )
     # A number for each sequence of each group, in the order of the rows.
     sequences = 1 + max(
-        (int(runs[:, 0].max()) for runs in (q_runs, k_runs) if len(runs)), default=0
+        (int(runs[-1, 0]) for pair in tables for runs in pair if len(runs)), default=0
     )
     q_key, k_key = q_group * sequences + q_runs[:, 0], k_group * sequences + k_runs[:, 0]
-    first = np.searchsorted(k_key, q_key, side="left")
-    count = np.searchsorted(k_key, q_key, side="right") - first
-    q_index = np.repeat(np.arange(len(q_runs)), count)
-    skipped = np.cumsum(count) - count
-    k_index = np.arange(len(q_index)) + np.repeat(first - skipped, count)
-    table, kept = _pair(q_runs[q_index].T, k_runs[k_index].T, left, right)
-    table, group = _join(table, q_group[q_index[kept]])
-    if len(tables) == 1:
-        return [table]
-    return np.split(table, np.searchsorted(group, groups[1:]))
+    first = k_key.searchsorted(q_key)
+    count = k_key.searchsorted(q_key, side="right") - first
+    q_index = np.arange(len(q_runs)).repeat(count)
+    skipped = count.cumsum() - count
+    k_index = np.arange(len(q_index)) + (first - skipped).repeat(count)
+    q, k = q_runs.take(q_index, axis=0).T, k_runs.take(k_index, axis=0).T
+    table, kept = _pair(q, k, left, right)
+    q_index = q_index[kept]
+    table, group = _join(table, q_index, q_group[q_index])
+    edges = group.searchsorted(np.arange(len(tables) + 1)).tolist()
+    return [table[begin:end] for begin, end in itertools.pairwise(edges)]
 
 
-def _join(table, group):
+def _join(table, run, group):
     """Join full spans that lie side by side, in keys or in queries, within a group.
 
     What is cached is visible to all new queries of its sequence: one span, however many runs the
-    two are cut into. Ordered by group, then query row, then key row.
+    two are cut into. Return the table, ordered by group, then query row, then key row, and the
+    group of each span.
+
+    Args:
+        run: which run of queries each span is of; ascending.
+        group: of each span; ascending.
     """
-    q0, q1, k0, k1, lo, hi, q_stride, k_stride = table.T
-    full = (lo == 1 - q1 + q0) & (hi == k1 - k0 - 1) & (q_stride == 1) & (k_stride == 1)
+    full = (table[:, 4] == 1 - table[:, 1] + table[:, 0]) & (
+        table[:, 5] == table[:, 3] - table[:, 2] - 1
+    )
+    full &= (table[:, 6:] == 1).all(axis=1)
     if np.count_nonzero(full) < 2:
         return table, group
-    some, of = table[full, :4], group[full]
-    for near, far in ((slice(2, 4), slice(0, 2)), (slice(0, 2), slice(2, 4))):
-        some, of = _join_along(some, of, near, far)
-    joined = np.empty((len(some), 8), dtype=np.int64)
-    joined[:, :4], joined[:, 6:] = some, 1
-    joined[:, 4], joined[:, 5] = 1 - some[:, 1] + some[:, 0], some[:, 3] - some[:, 2] - 1
-    table = np.concatenate([table[~full], joined])
-    group = np.concatenate([group[~full], of])
+    same = run[1:] == run[:-1]
+    if (same & (table[1:, 2] < table[:-1, 2])).any():  # keys that lie in pages come in any order
+        order = _order(run, table[:, 2])
+        table, full = table[order], full[order]
+    follows = same & full[1:] & full[:-1] & (table[1:, 2] == table[:-1, 3])
+    table, (full, group) = _merge(table, follows, 2, full, group)
+    same = group[1:] == group[:-1]
+    if not (same & (table[1:, 2] <= table[:-1, 2])).any():  # no two see the same keys
+        return table, group
+    order = _order(group, table[:, 2], table[:, 0])
+    table, full, group = table[order], full[order], group[order]
+    follows = (group[1:] == group[:-1]) & full[1:] & full[:-1]
+    follows &= (table[1:, 2:4] == table[:-1, 2:4]).all(axis=1) & (table[1:, 0] == table[:-1, 1])
+    table, (group,) = _merge(table, follows, 0, group)
     order = _order(group, table[:, 0], table[:, 2])
     return table[order], group[order]
 
 
-def _join_along(rows, group, near, far):
-    """Join rectangles [q0, q1, k0, k1] that agree in `far` and follow one another in `near`."""
-    begin, end = rows[:, near].T
-    order = _order(group, rows[:, far.start], begin)
-    rows, group, begin, end = rows[order], group[order], begin[order], end[order]
-    follows = (begin[1:] == end[:-1]) & (group[1:] == group[:-1])
-    follows &= (rows[1:, far] == rows[:-1, far]).all(axis=1)
-    first = np.flatnonzero(np.concatenate([[True], ~follows]))
-    last = np.append(first[1:] - 1, len(rows) - 1)
-    joined = rows[first]
-    joined[:, near.stop - 1] = end[last]
-    return joined, group[first]
+def _merge(table, follows, begin, *others):
+    """Make one of each full span and those that follow it in columns begin, begin + 1.
+
+    follows: bool [n - 1], does a span follow the one before it? others: more columns. Return the
+    table and a list of the other columns.
+    """
+    if not follows.any():
+        return table, others
+    kept = (~follows).nonzero()[0]
+    first, last = np.concatenate([[0], kept + 1]), np.concatenate([kept, [len(follows)]])
+    end = begin + 1
+    joined = table.take(first, axis=0)
+    grown = table[last, end] - joined[:, end]
+    joined[:, end] += grown
+    if begin == 0:
+        joined[:, 4] -= grown
+    else:
+        joined[:, 5] += grown
+    return joined, [column[first] for column in others]
 
 
 def _order(*columns):
     """Return the order by the first column, then the second, and so on; none below 0."""
-    widths = [int(column.max(initial=0)) + 1 for column in columns]
+    widths = [int(column.max()) + 1 for column in columns]
     if math.prod(widths) >= 1 << 62:
         return np.lexsort(columns[::-1])
     key = columns[0]
@@ -141,9 +163,7 @@ def _pair(q, k, left, right):
     lo, hi, q_stride, k_stride = _band(q, k, left, right)
     kept = np.flatnonzero(lo <= hi)
     columns = q[1], q[1] + q[3], k[1], k[1] + k[3], lo, hi, q_stride, k_stride
-    table = np.empty((len(kept), len(columns)), dtype=np.int64)
-    for index, column in enumerate(columns):
-        table[:, index] = column[kept]
+    table = np.concatenate(columns).reshape(len(columns), -1).T.take(kept, axis=0)
     if not (table[:, 6:] == 1).all():  # a hull may hold no pair where strides differ
         some = counts(table) > 0
         table, kept = table[some], kept[some]
@@ -158,6 +178,8 @@ def pairs(spans: np.ndarray) -> int:
 def counts(spans: np.ndarray) -> np.ndarray:
     """Return how many visible (query, key) pairs each span holds, int64 [n]."""
     plain = (spans[:, 6:] == 1).all(axis=1)
+    if plain.all():
+        return _below(spans, 5, 0) - _below(spans, 4, -1)
     found = np.zeros(len(spans), dtype=np.int64)
     found[plain] = _below(spans[plain], 5, 0) - _below(spans[plain], 4, -1)
     for index in np.flatnonzero(~plain):
@@ -199,7 +221,7 @@ def _below(spans, column, more):
     q_length, k_length = spans[:, 1] - spans[:, 0], spans[:, 3] - spans[:, 2]
     edge = spans[:, column] + more
     # Rows from `first` on see at least one key, from `whole` on all.
-    first = np.clip(-edge, 0, q_length)
-    whole = np.clip(k_length - 1 - edge, first, q_length)
+    first = np.minimum(np.maximum(-edge, 0), q_length)
+    whole = np.minimum(np.maximum(k_length - 1 - edge, first), q_length)
     growing = (whole - first) * (first + whole - 1) // 2 + (whole - first) * (edge + 1)
     return growing + (q_length - whole) * k_length
