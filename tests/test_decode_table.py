@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ringkern import tiles
-from ringkern.decode_table import Rows, make_decode_table, make_room
+from ringkern.decode_table import Rows, make_decode_table
 
 
 def full(q0, q1, k0, k1):
@@ -106,10 +106,3 @@ def test_packed_rows_have_the_same_keys(data, keys, page_size):
         want = [table[i, key // page_size] * page_size + key % page_size for key in range(n)]
         assert slots[places].tolist() == want
     assert packed.seqused_k.tolist() == keys and packed.page_table.dtype == np.int32
-
-
-def test_room_is_for_queries_that_see_nothing_yet():
-    room = make_room(3, 5, 16)
-    assert room.page_table.shape == (3, 5) and room.seqused_k.tolist() == [0, 0, 0]
-    assert room.cu_seqlens_q.tolist() == [0, 1, 2, 3] and room.page_size == 16
-    assert {x.dtype for x in room[:3]} == {np.dtype(np.int32)}

@@ -110,7 +110,7 @@ def test_graphs_get_new_memory_when_all_have_ended(monkeypatch):
     for name in "xyx":
         graphs._shapes[name].replay = graphs.capture(lambda: None)[1]
     for shape in graphs._shapes.values():
-        shape.begin(pages=2)
+        shape.begin(pages=2, wire_pages=2)
     graphs.capture(lambda: None)
     assert used == ["a", "a", "a", "b"]
 

@@ -70,8 +70,9 @@ ALLOWED = {
     "capture": set(),
     "turns": set(),
     "upload": set(),
-    "program": {"blocks", "local", "plan", "types", "upload"},
-    "programs": {"blocks", "errors", "plan", "program", "schedule", "tiles", "types"},
+    "room": {"decode_table", "upload"},
+    "program": {"blocks", "local", "plan", "room", "types", "upload"},
+    "programs": {"blocks", "errors", "plan", "program", "room", "schedule", "tiles", "types"},
     "blocks": {"cost", "plan", "types"},
     "cache": {
         "backend",
@@ -108,7 +109,7 @@ ALLOWED = {
         "turns",
         "upload",
     },
-    "graphs": {"cache", "errors", "plan", "programs", "ring", "schedule", "tiles"},
+    "graphs": {"cache", "errors", "plan", "programs", "ring", "room", "schedule", "tiles"},
     "mesh": {"errors", "gpu", "rendezvous", "topology"},
     "attn": {"backend", "errors", "types", "tiles", "local", "problem", "packed"},
     "api": {

@@ -168,8 +168,10 @@ class KVCache:
         held = [mine.held(number) for number, _ in new[self.ring.rank]]
         slots = [x.pages[-1] * size + (x.tokens - 1) % size for x in held]
         slots = np.array(slots, dtype=np.int64)
-        with torch.inference_mode(False):  # overwritten inside that mode and outside
-            reservation.new_slots = upload(slots, self.ring.device, into)
+        if into is None:
+            with torch.inference_mode(False):  # overwritten inside that mode and outside
+                into = torch.empty(len(slots), dtype=torch.int64, device=self.ring.device)
+        reservation.new_slots = upload(slots, self.ring.device, into)
         return reservation.new_slots
 
     def ran(self, plan: Plan) -> None:
@@ -196,11 +198,10 @@ class KVCache:
         page_table[inside] = np.frombuffer(b"".join(x.pages for x in held), dtype=np.int32)
         return Rows(page_table, np.array([x.tokens for x in held], dtype=np.int32))
 
-    def most_pages(self, plan: Plan) -> int:
-        """Return in how many pages the plan's sequences lie on the rank where they are the most."""
-        return max(
-            sum(len(table.held(number).pages) for number in plan.numbers) for table in self._tables
-        )
+    def most_pages(self, plan: Plan) -> tuple[int, int]:
+        """Return in how many pages a sequence of the plan lies on a rank at most, and all do."""
+        pages = -(-(plan.cached + plan.all_counts()) // self.page_size)
+        return int(pages.max()), int(pages.sum(axis=0).max())
 
     def slots(self, plan: Plan) -> torch.Tensor:
         """Return where K and V of the plan's sequences lie here, in plan.kv_runs()'s order."""
@@ -272,19 +273,21 @@ class KVCache:
         return plan.memo.get(("cache", self.number))
 
     def _check_new(self, plan: Plan, counts) -> None:
-        starts = plan.starts.tolist()
-        for sequence, number, start in zip(plan.sequences, plan.numbers, starts, strict=True):
-            if not self.placement.is_current(sequence, number, plan.serial):
-                want = "one whose sequences are as it left them"
-                got = f"{sequence!r} changed since by truncate, fork or free"
-                check(False, "plan", want, got, "Plan again.")
+        for sequence in self.placement.changed_since(plan):
+            want = "one whose sequences are as it left them"
+            got = f"{sequence!r} changed since by truncate, fork or free"
+            check(False, "plan", want, got, "Plan again.")
+        each = zip(plan.sequences, plan.numbers, plan.starts.tolist(), strict=True)
+        for sequence, number, start in each:
             has = self._lengths.get(number, 0)
             if has != start:
                 want = f"one for the {has} tokens of {sequence!r} that have run"
                 hint = "Run the plans in the order they were made, each once."
                 check(False, "plan", want, f"one on top of {start}", hint)
-        for rank, (table, new) in enumerate(zip(self._tables, counts, strict=True)):
-            most = sum(-(-count // self.page_size) + 1 for _, count in new)  # with a copy for each
+        tokens = plan.all_counts()
+        pages = -(-tokens // self.page_size) + (tokens > 0)  # at most: with a copy for each
+        each = zip(self._tables, counts, pages.sum(axis=0).tolist(), strict=True)
+        for rank, (table, new, most) in enumerate(each):
             if most > table.num_free and (need := table.pages_for(new)) > table.num_free:
                 raise ArgumentError(
                     f"num_pages: want {need} free pages on rank {rank} for this plan, got "

@@ -68,16 +68,6 @@ def make_decode_table(spans: np.ndarray, rows: int, page_size: int) -> DecodeTab
     )
 
 
-def make_room(rows: int, pages: int, page_size: int) -> DecodeTable:
-    """Return the tables of so many queries, each of a sequence of its own, that see no key yet.
-
-    pages: that any of them will see at most.
-    """
-    page_table = np.zeros((rows, pages), dtype=np.int32)
-    cu_seqlens_q = np.arange(rows + 1, dtype=np.int32)
-    return DecodeTable(page_table, np.zeros(rows, dtype=np.int32), cu_seqlens_q, page_size)
-
-
 class Rows(NamedTuple):
     """The pages of rows that see all keys in theirs: a row is a query, or a sequence.
 

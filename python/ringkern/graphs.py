@@ -10,6 +10,7 @@ from ringkern.errors import UnsupportedError, check
 from ringkern.plan import Plan
 from ringkern.programs import Fixed
 from ringkern.ring import Ring
+from ringkern.room import Room
 from ringkern.schedule import MOVE_KV, visibility
 from ringkern.tiles import UNBOUNDED
 
@@ -18,19 +19,21 @@ class _Shape:
     """Plans that one graph can run: they differ in lengths and slots alone."""
 
     def __init__(self):
-        self.fixed = Fixed({}, {}, wire_pages=0)
+        self.fixed = Fixed({}, {}, room=None)
         self.slots = None  # of the new tokens, where the graph reads them
         self.replay = self.result = None
 
-    @property
-    def moves_kv(self) -> bool:
-        """Whether K and V travel in it."""
-        return any(method in MOVE_KV for method, *_ in self.fixed.programs)
+    def holds(self, pages: int, wire_pages: int) -> bool:
+        """Whether there is room for as many pages, on the wire where K and V travel."""
+        room = self.fixed.room
+        if room is None or pages > room.pages:
+            return False
+        moves_kv = any(method in MOVE_KV for method, *_ in self.fixed.programs)
+        return not moves_kv or wire_pages <= room.wire_pages
 
-    def begin(self, pages: int) -> None:
-        """Forget the graph; have place for so many pages of K and V on the wire, and for more."""
-        wire_pages = 1 << (pages - 1).bit_length()
-        self.fixed = Fixed({}, self.fixed.methods, wire_pages)
+    def begin(self, pages: int, wire_pages: int) -> None:
+        """Forget the graph; have room for so many pages, and for more."""
+        self.fixed = Fixed({}, self.fixed.methods, Room.over(pages, wire_pages))
         self.replay = self.result = None
 
 
@@ -51,8 +54,10 @@ class DecodeGraphs:
     first step of each kind runs as it is, the second is captured, and the others replay it with
     their lengths and pages in its tables. Every rank must run the same plans.
 
-    By pass_kv and gather_kv every rank sends as many pages of K and V, whole ones: those of the rank
-    that has most, up to the next power of two. When more are needed, a step is captured anew.
+    A graph has room for sequences twice as long as those it is captured for, and more; when one is
+    longer, the step is captured anew. By pass_kv and gather_kv every rank sends as many pages of K
+    and V, whole ones: those of the rank that has most, up to the next power of two, beyond which a
+    step is captured anew too.
 
     Args:
         ring: over NCCL, for plans that run.
@@ -96,12 +101,11 @@ class DecodeGraphs:
         shape = self._shapes.setdefault(self._key(plan), _Shape())
         shape.slots = self._cache.reserve(plan, shape.slots)
         programs, fixed = self._ring.programs, shape.fixed
-        if not fixed.programs or (shape.moves_kv and self._ring.world_size > 1):
-            pages = self._cache.most_pages(plan)
-            if pages > fixed.wire_pages:
-                programs.release(fixed.programs)
-                shape.begin(pages)
-                fixed = shape.fixed
+        pages = self._cache.most_pages(plan)
+        if not shape.holds(*pages):
+            programs.release(fixed.programs)
+            shape.begin(*pages)
+            fixed = shape.fixed
         programs.retarget(fixed.programs, plan, self._cache)
         with programs.fixed(fixed):
             if not fixed.programs:

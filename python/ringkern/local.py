@@ -10,7 +10,7 @@ import torch
 from ringkern import env, tile_table
 from ringkern.backend import pick_backend
 from ringkern.capture import captures
-from ringkern.decode_table import Rows, make_decode_table, make_room
+from ringkern.decode_table import make_decode_table
 from ringkern.errors import UnsupportedError
 from ringkern.kernels import reference, step_torch
 from ringkern.types import Problem
@@ -90,8 +90,12 @@ def prepare(
     if page_size and problem.batch == 1:
         table = make_decode_table(spans, rows, page_size)
         if table:
+            tables = tuple(
+                upload(x, device) for x in (table.page_table, table.seqused_k, table.cu_seqlens_q)
+            )
+            queries = int(np.diff(table.cu_seqlens_q).max(initial=1))
             found = np.count_nonzero(table.seqused_k), int(table.seqused_k.max())
-            return _prepare_decode(table, problem, device, phase, *found)
+            return _prepare_decode(tables, queries, page_size, problem, phase, *found)
     from ringkern.kernels import cut, target
 
     heads = problem.nheads, problem.nheads_k, problem.headdim, problem.headdim_v
@@ -106,36 +110,28 @@ def prepare(
     return _Tiles(cut.make_table(table, how, device, upload), phase)
 
 
-def prepare_room(
-    problem: Problem, device: torch.device, *, rows: int, pages: int, page_size: int, phase: str
-):
-    """Return work for step() that refill() gives its pages, as CUDA graphs need it.
+def prepare_room(share, problem: Problem, *, page_size: int, phase: str):
+    """Return work for step() whose pages are told later, and anew, as CUDA graphs need it.
 
-    By the Triton kernels: one query per sequence, each of which sees all keys in up to so many
-    pages. Phases as in prepare().
+    By the Triton kernels. Phases as in prepare().
+
+    Args:
+        share: room.Share, where the pages are told.
     """
-    longest = pages * page_size
-    table = make_room(rows, pages, page_size)
-    return _prepare_decode(table, problem, device, phase, rows, longest)
+    rows, pages = share.page_table.shape
+    device = share.page_table.device
+    cu_seqlens_q = upload(np.arange(rows + 1, dtype=np.int32), device)
+    tables = share.page_table, share.seqused_k, cu_seqlens_q
+    return _prepare_decode(tables, 1, page_size, problem, phase, rows, pages * page_size)
 
 
-def _prepare_decode(table, problem, device, phase, sequences, longest) -> _Decode:
+def _prepare_decode(tables, queries, page_size, problem, phase, sequences, longest) -> _Decode:
     from ringkern.kernels.decode import choose_splits
 
-    num_sms = _num_sms(device)
+    num_sms = _num_sms(tables[0].device)
     splits = env.num_splits() or choose_splits(sequences, problem.nheads_k, longest, num_sms)
-    arrays = table.page_table, table.seqused_k, table.cu_seqlens_q
-    tables = tuple(upload(x, device) for x in arrays)
-    queries = int(np.diff(table.cu_seqlens_q).max(initial=1))
-    options = dict(page_size=table.page_size, num_splits=splits, max_seqlen_q=queries)
+    options = dict(page_size=page_size, num_splits=splits, max_seqlen_q=queries)
     return _Decode(tables, options, phase)
-
-
-def refill(work: _Decode, rows: Rows) -> None:
-    """Give work that prepare_room() made other pages of as many rows, in place."""
-    page_table, seqused_k, _ = work.tables
-    upload(rows.page_table, page_table.device, page_table[:, : rows.page_table.shape[1]])
-    upload(rows.seqused_k, seqused_k.device, seqused_k)
 
 
 def step(q, k, v, out, lse, work, problem: Problem, *, sinks=None, result=None) -> None:

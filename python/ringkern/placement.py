@@ -51,6 +51,7 @@ class Placement:
         self._history = History(4, world_size)
         self._free_rows = [3, 2, 1, 0]
         self._load = np.zeros(world_size, dtype=np.int64)  # tokens of all sequences, by rank
+        self._changed = 0  # how many plans there were when any was last truncated or freed
         self._watchers: list = []  # caches, told of fork, truncate and free
 
     # ---- new tokens
@@ -192,7 +193,8 @@ class Placement:
         ok = isinstance(length, int) and not isinstance(length, bool) and 0 <= length <= has
         check(ok, "length", f"0 to {has}, what {sequence!r} has", repr(length))
         lost = np.array(self._history.truncate(record.row, length))
-        self._lengths[record.row], record.changed = length, self._plans
+        self._lengths[record.row] = length
+        self._changed = record.changed = self._plans
         self._keys[record.row] -= self.world_size * lost
         self._load -= lost
         held = self._keys[record.row] // self.world_size
@@ -216,6 +218,7 @@ class Placement:
         """Forget the sequence."""
         record = self._record(sequence)
         del self._records[sequence]
+        self._changed = self._plans
         self._load -= self._keys[record.row] // self.world_size
         self._history.clear(record.row)
         self._free_rows.append(record.row)
@@ -227,8 +230,17 @@ class Placement:
         """Return what tells this sequence from others that had its id before."""
         return self._record(sequence).number
 
-    def is_current(self, sequence: object, number: int, serial: int) -> bool:
-        """Return whether the sequence lives and was not truncated since plan `serial`."""
+    def changed_since(self, plan: Plan) -> list:
+        """Return the plan's sequences that were truncated or freed since it was made."""
+        if self._changed < plan.serial:
+            return []
+        return [
+            sequence
+            for sequence, number in zip(plan.sequences, plan.numbers, strict=True)
+            if not self._is_current(sequence, number, plan.serial)
+        ]
+
+    def _is_current(self, sequence, number, serial):
         record = self._records.get(sequence)
         return record is not None and record.number == number and record.changed < serial
 

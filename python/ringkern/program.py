@@ -9,6 +9,7 @@ import torch
 from ringkern import local
 from ringkern.blocks import Blocks, Pool
 from ringkern.plan import Plan
+from ringkern.room import Room, Share, Tables
 from ringkern.types import FIRST_HALF, SECOND_HALF, WHOLE, Move, Problem, Step, Work
 from ringkern.upload import upload
 
@@ -25,6 +26,7 @@ class _Work(NamedTuple):
     state: tuple[torch.Tensor, torch.Tensor] | None  # of this rank's queries
     sinks: bool  # whether the state starts here, from the sinks
     task: object  # as local.prepare() returns it
+    share: Share | None  # of the tables, where retarget() tells the pages
     q_rank: int  # and the others: as in types.Work
     kv_rank: int
     half: int
@@ -43,13 +45,6 @@ class _Ready(NamedTuple):
     parts: list[tuple[torch.Tensor, torch.Tensor]]  # (out, lse) that have come, to be merged
     nbytes: int  # sent
     planned: int  # bytes that the plan says are sent
-
-
-class Room(NamedTuple):
-    """What a program has place for that retarget() can give other plans, in pages of the cache."""
-
-    pages: int  # of a rank's cache
-    wire_pages: int  # of a rank's keys of all sequences of a plan, where they travel
 
 
 class Program:
@@ -82,7 +77,7 @@ class Program:
     ):
         self._plan, self._problem, self._rank = plan, problem, rank
         self._device, self._backend = device, backend
-        self._page_size, self._room = page_size, room
+        self._page_size = page_size
         # What changes the state of this rank's queries, in order: its work, and parts that come.
         changes = [
             change
@@ -97,9 +92,11 @@ class Program:
         sent = {(move.kind, move.rank) for step in schedule for move in step.sends}
         self.sends_q = ("q", rank) in sent
         self.kv_room = self.kv_slots = None
+        rows = [plan.num_tokens(work.q_rank) for step in schedule for work in step.work]
         kv_room = room.wire_pages * page_size if room else None
         blocks = Blocks(pool, plan, problem, dtype, device, partial_dtype, kv_room)
         with torch.inference_mode(False):  # its views are written inside that mode and outside
+            self._tables = Tables(rows, room.pages, device) if room else None
             if ("kv", rank) in sent:
                 blocks.take("kv", rank, plan.kv_tokens(rank))
                 self.kv_room = blocks.kv(rank)
@@ -152,25 +149,28 @@ class Program:
         mine, stays = work.q_rank == self._rank, work.kv_rank == self._rank
         begins = work is self._first or not mine
         ends = work is self._last and self._writes_result
+        task, share = self._prepare(work, stays, PHASES[begins, ends])
         return _Work(
             None if mine else blocks.q(work.q_rank),
             None if stays else blocks.kv(work.kv_rank),
             None if mine else blocks.make_part(work.q_rank),
             mine and begins,
-            self._prepare(work, stays, PHASES[begins, ends]),
+            task,
+            share,
             work.q_rank,
             work.kv_rank,
             work.half,
         )
 
     def _prepare(self, work, stays, phase):
-        where = self._problem, self._device
-        sizes = dict(rows=self._plan.num_tokens(work.q_rank), phase=phase)
-        if self._room:
-            pages = self._room.pages if stays else self._room.wire_pages
-            return local.prepare_room(*where, **sizes, pages=pages, page_size=self._page_size)
+        rows = self._plan.num_tokens(work.q_rank)
+        if self._tables:
+            share = self._tables.take(rows)
+            options = dict(page_size=self._page_size, phase=phase)
+            return local.prepare_room(share, self._problem, **options), share
+        where = self._problem, self._device, self._backend
         page_size = self._page_size if stays else None
-        return local.prepare(work.spans, *where, self._backend, **sizes, page_size=page_size)
+        return local.prepare(work.spans, *where, rows=rows, page_size=page_size, phase=phase), None
 
     def retarget(self, plan: Plan, held) -> None:
         """Compute a plan from now on, where the program was made with room, in place.
@@ -199,7 +199,8 @@ class Program:
 
         for work in (work for step in self._steps for work in step.works):
             pair = work.q_rank, work.kv_rank
-            local.refill(work.task, whole(*pair) if work.half == WHOLE else parts(*pair)[work.half])
+            work.share.fill(whole(*pair) if work.half == WHOLE else parts(*pair)[work.half])
+        self._tables.send()
         if self.kv_slots is not None:
             slots = np.full(len(self.kv_slots), -1, dtype=np.int64)
             mine = held(self._rank).slots(size)

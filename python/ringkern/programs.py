@@ -9,7 +9,8 @@ import torch
 from ringkern.blocks import Pool
 from ringkern.errors import UnsupportedError, check
 from ringkern.plan import Plan
-from ringkern.program import Program, Room
+from ringkern.program import Program
+from ringkern.room import Room
 from ringkern.schedule import make_schedule
 from ringkern.tiles import CUT_ROWS
 from ringkern.types import Problem
@@ -20,7 +21,7 @@ class Fixed(NamedTuple):
 
     programs: dict[tuple, Program]
     methods: dict[Problem, str]  # that "auto" takes, whatever the plan is
-    wire_pages: int  # that the sequences of a plan have on a rank at most, where K and V travel
+    room: Room | None  # None: for no plan yet
 
 
 class Programs:
@@ -92,9 +93,8 @@ class Programs:
         if fixed is None:
             page_size = getattr(cache, "page_size", None)
             return Program(schedule, *sizes, self._pool, backend, page_size)
-        room = Room(cache.num_pages, fixed.wire_pages)
         # What a graph uses is nobody else's: a program of another plan may run between its runs.
-        program = Program(schedule, *sizes, Pool(), backend, cache.page_size, room)
+        program = Program(schedule, *sizes, Pool(), backend, cache.page_size, fixed.room)
         self.retarget({None: program}, plan, cache)
         return program
 

@@ -272,6 +272,8 @@ def _sees(plan, left, right):
     sees = np.diag(asks.any(axis=0))  # a query sees its own key
     if left >= tiles.UNBOUNDED:
         sees |= asks.T @ cached  # and whatever is cached
+    if sees.all():
+        return sees
     most = asks.T @ (asks | cached)
     if (sees == most).all():
         return sees
