@@ -8,7 +8,7 @@ import os
 import pytest
 import ringkern
 import torch
-from ringkern import calibrate, cost, profile
+from ringkern import calibrate, cost, profile, schedule
 from ringkern.launch import launch
 from ringkern.types import Hardware, Problem
 from threads import HARDWARE, run_threads
@@ -37,6 +37,27 @@ def test_the_paper_s_ring_iteration():
     attend, exchange = cost.steps_us(plan, PAPER, GTT)["pass_kv"][1, 0]
     assert attend == pytest.approx(1608, rel=0.1)
     assert exchange == pytest.approx(631, rel=0.1)
+
+
+@pytest.mark.parametrize("method", schedule.METHODS)
+@pytest.mark.parametrize("lengths", [(5,), (1, 1, 7), (2,), (40, 3)])
+def test_messages_take_what_the_schedule_says(method, lengths):
+    """An exchange is as long as its larger side; what is merged are the parts that came."""
+    size, order = 3, (2, 0, 1)
+    plan = ringkern.Plan(size, lengths, "contiguous")  # causal: who is asked and asks differ
+    no_work = Hardware(((1, 1e30),), 0.0, merge_gb_s=2.0, link_gb_s=5.0, latency_us=3.0)
+    steps = cost.steps_us(plan, PAPER, no_work, order=order)[method]
+    for rank in range(size):
+        schedule_of_rank = schedule.make_schedule(plan, rank, method, order=order)
+        assert len(steps) == len(schedule_of_rank)
+        for step, (attend, exchange) in zip(schedule_of_rank, steps[:, rank], strict=True):
+            sent, received, parts = (
+                sum(cost.block_bytes(move.kind, move.tokens, PAPER) for move in moves)
+                for moves in (step.sends, step.recvs, [m for m in step.recvs if m.kind == "part"])
+            )
+            talks = bool(step.sends or step.recvs)
+            assert exchange == pytest.approx(3.0 * talks + max(sent, received) / 5e3)
+            assert attend == pytest.approx(parts / 2e3)
 
 
 def test_the_choice_follows_the_miss_rate():

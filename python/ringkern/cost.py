@@ -1,7 +1,10 @@
 """What a call will take by each method, in microseconds, and the choice between them. Pure."""
 
+import functools
+import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,6 +12,8 @@ from ringkern import tiles
 from ringkern.plan import Plan
 from ringkern.schedule import METHODS, make_spans, outline, visibility
 from ringkern.types import Hardware, Problem
+
+KINDS = "kv", "q", "part"  # of blocks on the wire
 
 
 @dataclass(frozen=True)
@@ -37,19 +42,21 @@ def block_bytes(kind: str, tokens: int, problem: Problem, partial_itemsize: int 
     return problem.batch * tokens * per_token[kind]
 
 
-def attend_us(
-    spans: np.ndarray, problem: Problem, hardware: Hardware, alone: bool = False
-) -> np.ndarray:
-    """Return the time of each span, float64 [n]: with all ranks busy, or with this one alone.
+def attend_us(spans: np.ndarray, problem: Problem, hardware: Hardware) -> np.ndarray:
+    """Return the time of each span, float64 [2, n]: with all ranks busy, and with this one alone.
 
     A fixed cost, and 2 * pairs * nheads * (headdim + headdim_v) FLOPs at the rate that was measured
     for so many query rows: few rows wait for K and V to be read.
     """
-    table = hardware.alone_tflops if alone and hardware.alone_tflops else hardware.attend_tflops
-    rows, rates = (np.array(x, dtype=float) for x in zip(*table, strict=True))
-    rate = np.interp(np.log(spans[:, 1] - spans[:, 0]), np.log(rows), rates)
-    flops = 2.0 * tiles.counts(spans) * problem.nheads * (problem.headdim + problem.headdim_v)
-    return problem.batch * flops / rate / 1e6 + hardware.span_us
+    asked = np.log(spans[:, 1] - spans[:, 0])
+    heads = problem.nheads * (problem.headdim + problem.headdim_v)
+    flops = 2.0 * tiles.counts(spans) * heads * problem.batch
+    found = []
+    for table in (hardware.attend_tflops, hardware.alone_tflops or hardware.attend_tflops):
+        rows, rates = (np.array(x, dtype=float) for x in zip(*table, strict=True))
+        rate = np.interp(asked, np.log(rows), rates)
+        found.append(flops / rate / 1e6 + hardware.span_us)
+    return np.array(found)
 
 
 def steps_us(
@@ -67,70 +74,100 @@ def steps_us(
     """
     sides = tiles.bounds(problem.causal, problem.window_size)
     sees = visibility(plan, *sides)
-    ranks = _sample(plan.world_size)
-    outlines = {
-        method: [outline(method, rank, sees, order) for rank in ranks] for method in methods
-    }
-    works = _works_us(plan, outlines, sides, problem, hardware)
+    layout = _layout(methods, plan.world_size, sees.tobytes(), order)
+    works = _works_us(make_spans(plan, layout.works, sides, {}), problem, hardware)
+    crowded, alone = (layout.work.add(us) for us in works)
     sizes = _sizes(plan, problem, partial_itemsize)
-    return {
-        method: _together(
-            [
-                [_step_us(step, works, sizes, hardware) for step in together]
-                for together in zip(*each, strict=True)
-            ]
-        )
-        for method, each in outlines.items()
-    }
+    sent, received, parts = (some.add(sizes.ravel()) for some in layout[2:5])
+    exchange = np.maximum(sent, received) / hardware.link_gb_s / 1e3
+    exchange += hardware.latency_us * layout.talks
+    merge = parts / hardware.merge_gb_s / 1e3
+    each = np.stack([crowded, alone, merge, exchange])
+    edges = np.cumsum(layout.steps)[:-1]
+    return dict(zip(methods, map(_together, np.split(each, edges, axis=1)), strict=True))
 
 
-def _works_us(plan, outlines, sides, problem, hardware):
-    """Return (with all ranks busy, alone) of each outlined work."""
-    works = dict.fromkeys(
-        work for each in outlines.values() for steps in each for step in steps for work in step.work
+class _Entries(NamedTuple):
+    """Which amounts come together in which cell: a step of a method on a rank."""
+
+    cells: np.ndarray  # int64 [n]
+    index: np.ndarray  # int64 [n], of the amounts
+    shape: tuple[int, int]  # steps of all methods, one method's after another's; ranks
+
+    def add(self, amounts: np.ndarray) -> np.ndarray:
+        """Return the sum of each cell's amounts, float64 [steps, ranks]."""
+        found = np.bincount(self.cells, amounts[self.index], self.shape[0] * self.shape[1])
+        return found.reshape(self.shape)
+
+
+class _Layout(NamedTuple):
+    """The outlines of all methods as indices: what is alike in plans with the same visibility."""
+
+    works: list[tuple[int, int, int]]  # as in schedule.Outline, each once
+    work: _Entries  # of the works
+    sent: _Entries  # of the blocks as _sizes() has them, as the next two
+    received: _Entries
+    parts: _Entries  # that are received, and merged
+    talks: np.ndarray  # bool [steps, ranks]: does any message travel?
+    steps: list[int]  # of each method
+
+
+# Few entries, as those of large rings are large.
+@functools.lru_cache(maxsize=8)
+def _layout(methods, size, sees, order):
+    sees = np.frombuffer(sees, dtype=bool).reshape(size, size)
+    ranks = _sample(size)
+    works: dict[tuple[int, int, int], int] = {}
+    work, sent, received, parts, steps = [], [], [], [], []
+    for method in methods:
+        each = [outline(method, rank, sees, order) for rank in ranks]
+        before = sum(steps) * len(ranks)
+        steps.append(len(each[0]))
+        for cell, step in enumerate(itertools.chain(*zip(*each, strict=True)), before):
+            work += [(cell, works.setdefault(some, len(works))) for some in step.work]
+            sent += [(cell, KINDS.index(kind) * size + rank) for _, kind, rank in step.sends]
+            for _, kind, rank in step.recvs:
+                received.append((cell, KINDS.index(kind) * size + rank))
+                if kind == "part":
+                    parts.append(received[-1])
+    shape = sum(steps), len(ranks)
+    talks = np.zeros(shape, dtype=bool)
+    talks.ravel()[[cell for cell, _ in (*sent, *received)]] = True
+    entries = (
+        _Entries(*np.array(pairs, dtype=np.int64).reshape(-1, 2).T, shape)
+        for pairs in (work, sent, received, parts)
     )
-    if not works:
-        return {}
-    spans = make_spans(plan, works, sides, {})
-    group = np.repeat(np.arange(len(spans)), [len(table) for table in spans])
-    every = np.concatenate(spans)
-    both = (attend_us(every, problem, hardware, alone) for alone in (False, True))
-    sums = (np.bincount(group, us, len(spans)).tolist() for us in both)
-    return dict(zip(works, zip(*sums, strict=True), strict=True))
+    return _Layout(list(works), *entries, talks, steps)
 
 
-def _together(steps):
-    """Return [steps, ranks, (attend, exchange)], from what _step_us() says of each rank and step.
+def _works_us(spans, problem, hardware):
+    """Return the time of each work, given by its spans, float64 [2, works], as attend_us()."""
+    if not spans:
+        return np.zeros((2, 0))
+    of = np.arange(len(spans)).repeat([len(table) for table in spans])
+    each = attend_us(np.concatenate(spans), problem, hardware)
+    return np.array([np.bincount(of, us, len(spans)) for us in each])
+
+
+def _together(us):
+    """Return [steps, ranks, (attend, exchange)] of [(crowded, alone, merge, exchange), steps, ranks].
 
     A rank is slowed by another one for as long as that is busy as well.
     """
-    crowded, alone, merge, exchange = np.moveaxis(np.array(steps), 2, 0)
+    crowded, alone, merge, exchange = us
     busy = np.minimum(1.0, alone[:, None, :] / np.maximum(alone, 1e-9)[:, :, None])
     share = (busy.sum(axis=2) - busy.diagonal(axis1=1, axis2=2)) / max(1, alone.shape[1] - 1)
     return np.stack([alone + share * (crowded - alone) + merge, exchange], axis=2)
 
 
 def _sizes(plan, problem, partial_itemsize):
-    """Return the bytes of each rank's block, by kind."""
-    tokens = {"kv": plan.kv_tokens, "q": plan.num_tokens, "part": plan.num_tokens}
-    return {
-        kind: [
-            block_bytes(kind, count(rank), problem, partial_itemsize)
-            for rank in range(plan.world_size)
-        ]
-        for kind, count in tokens.items()
-    }
-
-
-def _step_us(step, works, sizes, hardware):
-    """Return (attend in a crowd, attend alone, merge, exchange) of an outlined step on a rank."""
-    crowded, alone = (sum(works[work][i] for work in step.work) for i in (0, 1))
-    sent, received = (sum(sizes[k][r] for _, k, r in side) for side in (step.sends, step.recvs))
-    exchange = 0.0
-    if step.sends or step.recvs:
-        exchange = hardware.latency_us + max(sent, received) / hardware.link_gb_s / 1e3
-    merged = sum(sizes[kind][rank] for _, kind, rank in step.recvs if kind == "part")
-    return crowded, alone, merged / hardware.merge_gb_s / 1e3, exchange
+    """Return the bytes of each rank's block, int64 [kinds, ranks]."""
+    ranks = range(plan.world_size)
+    kv, q = (
+        np.array([count(rank) for rank in ranks]) for count in (plan.kv_tokens, plan.num_tokens)
+    )
+    each = zip(KINDS, (kv, q, q), strict=True)
+    return np.array([block_bytes(kind, tokens, problem, partial_itemsize) for kind, tokens in each])
 
 
 def predict_us(

@@ -30,7 +30,8 @@ def make_spans_each(tables, left: int, right: int) -> list[np.ndarray]:
     """Return make_spans() of each (q_runs, k_runs): many at once, as calls of numpy cost time."""
     if not tables:
         return []
-    if len(tables) > 1 and sum(len(q_runs) + len(k_runs) for q_runs, k_runs in tables) > MANY:
+    q_lengths, k_lengths = ([len(runs) for runs in side] for side in zip(*tables, strict=True))
+    if len(tables) > 1 and sum(q_lengths) + sum(k_lengths) > MANY:
         half = len(tables) // 2
         return [
             spans
@@ -39,13 +40,9 @@ def make_spans_each(tables, left: int, right: int) -> list[np.ndarray]:
         ]
     q_runs, k_runs = (np.concatenate(side) for side in zip(*tables, strict=True))
     groups = np.arange(len(tables))
-    q_group, k_group = (
-        np.repeat(groups, [len(table) for table in side]) for side in zip(*tables, strict=True)
-    )
+    q_group, k_group = groups.repeat(q_lengths), groups.repeat(k_lengths)
     # A number for each sequence of each group, in the order of the rows.
-    sequences = 1 + max(
-        (int(runs[-1, 0]) for pair in tables for runs in pair if len(runs)), default=0
-    )
+    sequences = 1 + max(int(runs[:, 0].max(initial=0)) for runs in (q_runs, k_runs))
     q_key, k_key = q_group * sequences + q_runs[:, 0], k_group * sequences + k_runs[:, 0]
     first = k_key.searchsorted(q_key)
     count = k_key.searchsorted(q_key, side="right") - first
