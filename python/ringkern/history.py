@@ -79,14 +79,21 @@ class History:
         apart = np.where((held == 1) & (length == 1), gap, last[:, 2])
         joins = (gap == apart) & ((length == 1) | (stride == apart)) & (held > 0)
         if not joins.all():
-            for index in np.flatnonzero(~joins & (held > 0)).tolist():
-                row, rank = int(rows[index]), int(ranks[index])
-                before = list(self._before[row])
-                before[rank] = (*before[rank], Chunk(*last[index].tolist()))
-                self._before[row] = tuple(before)
+            ended = np.flatnonzero(~joins & (held > 0))
+            self._put_before(rows[ended].tolist(), ranks[ended].tolist(), last[ended].tolist())
             last[~joins], apart = chunks[~joins], np.where(joins, apart, stride)
         last[:, 1], last[:, 2] = length + joins * held, apart
         self._last[rows, ranks] = last
+
+    def _put_before(self, rows, ranks, chunks) -> None:
+        opened: dict[int, list] = {}
+        for row, rank, chunk in zip(rows, ranks, chunks, strict=True):
+            before = opened.get(row)
+            if before is None:
+                before = opened[row] = list(self._before[row])
+            before[rank] = (*before[rank], Chunk(*chunk))
+        for row, ranks_before in opened.items():
+            self._before[row] = tuple(ranks_before)
 
     def truncate(self, row: int, length: int) -> list[int]:
         """Forget what does not lie before position `length`. Return how many each rank lost."""
