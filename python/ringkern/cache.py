@@ -98,6 +98,7 @@ class KVCache:
                 torch.empty(num_layers, 1, slots, nheads_k, size, dtype=dtype, device=ring.device)
                 for size in (headdim, headdim_v)
             )
+            self._layers = list(zip(self._k, self._v, strict=True))  # to index costs a call 1 us each
         # The books of all ranks: so every rank knows, without asking, when one runs out.
         self._tables = [PageTable(num_pages, page_size) for _ in range(ring.world_size)]
         self._lengths: dict[int, int] = {}  # sequence number -> tokens, on all ranks together
@@ -141,12 +142,12 @@ class KVCache:
         reservation = self._reservation(plan) or self._reserve(plan)
         reservation.progress.ran((layer,), self.num_layers)
         self.store(layer, reservation.new_slots, k, v)
-        return self._k[layer], self._v[layer]
+        return self._layers[layer]
 
     def store(self, layer: int, slots: torch.Tensor, k, v) -> None:
         """Copy K and V, [1, len(slots), ...], into slots of a layer."""
-        local.scatter_rows(k, slots, self._k[layer], self._backend)
-        local.scatter_rows(v, slots, self._v[layer], self._backend)
+        for x, pool in zip((k, v), self._layers[layer], strict=True):
+            local.scatter_rows(x, slots, pool, self._backend)
 
     def reserve(self, plan: Plan, into: torch.Tensor | None) -> torch.Tensor:
         """Make room for a decode plan that a graph is to run; return the slots of its new tokens.
@@ -216,8 +217,8 @@ class KVCache:
 
         Of slot -1, which only tables of Triton's kernels have, nothing.
         """
-        local.gather_rows(self._k[layer], slots, k_out, self._backend)
-        local.gather_rows(self._v[layer], slots, v_out, self._backend)
+        for pool, out in zip(self._layers[layer], (k_out, v_out), strict=True):
+            local.gather_rows(pool, slots, out, self._backend)
 
     def page_table(self, sequence) -> torch.Tensor:
         """Return the sequence's page ids on this rank, int32 [pages], in order."""
@@ -243,6 +244,7 @@ class KVCache:
         """Forget everything and stop following the placement."""
         self.placement.unwatch(self)
         self._k = self._v = torch.empty(0)
+        self._layers = []
 
     # ---- what the placement tells
 

@@ -247,8 +247,8 @@ class Program:
             for work in step.works:
                 began = now()
                 operands = q if work.q is None else work.q, *(work.kv or own_kv)
-                options = dict(sinks=sinks if work.sinks else None, result=result)
-                local.step(*operands, *(work.state or (out, lse)), work.task, problem, **options)
+                state, seed = work.state or (out, lse), sinks if work.sinks else None
+                local.step(*operands, *state, work.task, problem, sinks=seed, result=result)
                 stats.add("attend", step.index, began, now())
             if ticket:
                 began = now()
