@@ -80,6 +80,12 @@ def test_a_plan_refuses_what_it_cannot_be():
         Plan(2, (3,), "spiral")
     with pytest.raises(ringkern.ArgumentError, match="rank: want 0 to 1, got 2"):
         Plan(2, (3,)).positions(2)
+    for plan in (Plan(2, (3,)), ringkern.Placement(2).prefill({"a": 3})):
+        for tell in (plan.runs, plan.kv_runs, plan.num_tokens, plan.kv_tokens, plan.indices):
+            tell(1)  # so that what is kept does not answer for it
+            for rank in (2, -1, 1.0, [1], None):
+                with pytest.raises(ringkern.ArgumentError, match="rank: want 0 to 1, got"):
+                    tell(rank)
     with pytest.raises(ringkern.ArgumentError, match="x: want 3 rows"):
         Plan(2, (3,)).shard(np.zeros(4), 0)
     for lengths in ((0, -3), (), (1.5,), 7):

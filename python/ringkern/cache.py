@@ -98,7 +98,9 @@ class KVCache:
                 torch.empty(num_layers, 1, slots, nheads_k, size, dtype=dtype, device=ring.device)
                 for size in (headdim, headdim_v)
             )
-            self._layers = list(zip(self._k, self._v, strict=True))  # to index costs a call 1 us each
+            self._layers = list(
+                zip(self._k, self._v, strict=True)
+            )  # to index costs a call 1 us each
         # The books of all ranks: so every rank knows, without asking, when one runs out.
         self._tables = [PageTable(num_pages, page_size) for _ in range(ring.world_size)]
         self._lengths: dict[int, int] = {}  # sequence number -> tokens, on all ranks together

@@ -113,6 +113,7 @@ class Plan:
 
     def num_tokens(self, rank: int) -> int:
         """Return how many of the new tokens the rank holds."""
+        self._check_rank(rank)
         key = "tokens", rank
         if key not in self.memo:
             self.memo[key] = int(self.runs(rank)[:, 3].sum())
@@ -120,6 +121,7 @@ class Plan:
 
     def kv_tokens(self, rank: int) -> int:
         """Return how many tokens of these sequences the rank holds, new ones counted."""
+        self._check_rank(rank)
         key = "kv tokens", rank
         if key not in self.memo:
             if "cached" not in self.memo:
@@ -152,9 +154,12 @@ class Plan:
         """What has been derived from this plan, by key: made once and used by every layer."""
         return {}
 
-    def _table(self, rank: int, kind: str) -> np.ndarray:
+    def _check_rank(self, rank) -> None:
         if not (isinstance(rank, int) and 0 <= rank < self.world_size):
             check(False, "rank", f"0 to {self.world_size - 1}", repr(rank))
+
+    def _table(self, rank: int, kind: str) -> np.ndarray:
+        self._check_rank(rank)
         table = self.memo.get((kind, rank))
         if table is None:
             table = self._new_runs(rank) if kind == "new" else self._joint_runs(rank)
