@@ -40,8 +40,8 @@ class Share(NamedTuple):
 class Tables:
     """The tables of all work of a program, in one tensor, which one copy fills.
 
-    Each copy to a GPU costs the host some ten microseconds, however little it moves. No row has a
-    key until it is told of some.
+    A copy to a GPU costs the host a piece of pinned memory and several calls, however little it
+    moves. No row has a key until it is told of some.
 
     Args:
         rows: of each work that will take() its share.
