@@ -145,6 +145,42 @@ def test_keys_have_room_to_grow(monkeypatch, method):
     assert replays == 36 - len(captured), "runs that are not replayed are captured next"
 
 
+@pytest.mark.parametrize("method", ["pass_kv", "gather_q"])
+def test_one_rank_needs_no_room_on_the_wire(monkeypatch, method):
+    monkeypatch.setenv("RINGKERN_BACKEND", "triton")
+    rooms, captured, _, _ = run_stub(grow, 1, method)[0]
+    assert {wire_pages for _, wire_pages in rooms} == {1}
+    assert len(captured) == 2, "from 3 pages on and from 9"
+
+
+def fail_first(ring):
+    """What a first step that failed had room for is not enough for longer sequences."""
+    session = Session(ring, method="pass_kv", num_pages=64)
+    graphs = Again(ring, session.cache, session.step)
+    before = session.whole["a"][:]
+    session.feed(plan := session.placement.decode(["a"]))
+    session.options["cache"] = None
+    with pytest.raises(ArgumentError, match="cache"):
+        graphs.run(plan)
+    (shape,) = graphs._shapes.values()
+    assert tuple(shape.fixed.room) == (4, 2)
+    del session.options["cache"]
+    session.placement.truncate("a", 9)
+    session.whole["a"] = before
+    session.feed(plan := session.placement.prefill({"a": 16}))  # 4 pages of a rank
+    session.step(plan)
+    for _ in range(2 * ring.world_size):
+        session.feed(plan := session.placement.decode(["a"]))
+        out = graphs.run(plan)
+        want = session.want(plan)
+        assert_close(ring.unshard(_layers(out)[0], plan), want, want.float(), name="after")
+
+
+def test_a_first_step_that_failed_leaves_no_room_too_small(monkeypatch):
+    monkeypatch.setenv("RINGKERN_BACKEND", "triton")
+    run_stub(fail_first, 2)
+
+
 def choose_anew(ring):
     """A graph keeps the method that "auto" took for its first plan."""
     session = Session(ring, method="auto")

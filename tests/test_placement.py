@@ -244,6 +244,7 @@ def test_ids_can_be_used_again():
         (lambda p: p.prefill({}), "lengths: want at least one sequence"),
         (lambda p: p.prefill({"b": 1, "c": 0}), "length of 'c': want an int above 0, got 0"),
         (lambda p: p.prefill({"a": -1}), "length of 'a'"),
+        (lambda p: p.prefill({"b": 2**63}), "length of 'b': want less than 2.48"),
         (lambda p: p.prefill({"a": 1.0}), "length of 'a'"),
         (lambda p: p.prefill({"a": True}), "length of 'a'"),
         (lambda p: p.decode([]), "sequences: want at least one"),

@@ -112,8 +112,9 @@ class _Layout(NamedTuple):
     steps: list[int]  # of each method
 
 
-# Few entries, as those of large rings are large.
-@functools.lru_cache(maxsize=8)
+# A batch smaller than the ring has as many visibilities as there are ranks, by turns. An entry has
+# 70 KB for 16 ranks, 1.2 MB for 256.
+@functools.lru_cache(maxsize=64)
 def _layout(methods, size, sees, order):
     sees = np.frombuffer(sees, dtype=bool).reshape(size, size)
     ranks = _sample(size)

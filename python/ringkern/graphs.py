@@ -24,12 +24,15 @@ class _Shape:
         self.replay = self.result = None
 
     def holds(self, pages: int, wire_pages: int) -> bool:
-        """Whether there is room for as many pages, on the wire where K and V travel."""
-        room = self.fixed.room
+        """Whether there is room for as many pages, on the wire where K and V travel.
+
+        Where no program was made, as by a first step that failed, they may.
+        """
+        programs, room = self.fixed.programs, self.fixed.room
         if room is None or pages > room.pages:
             return False
-        moves_kv = any(method in MOVE_KV for method, *_ in self.fixed.programs)
-        return not moves_kv or wire_pages <= room.wire_pages
+        stay = programs and not any(method in MOVE_KV for method, *_ in programs)
+        return bool(stay) or wire_pages <= room.wire_pages
 
     def begin(self, pages: int, wire_pages: int) -> None:
         """Forget the graph; have room for so many pages, and for more."""
@@ -54,7 +57,7 @@ class DecodeGraphs:
     first step of each kind runs as it is, the second is captured, and the others replay it with
     their lengths and pages in its tables. Every rank must run the same plans.
 
-    A graph has room for sequences twice as long as those it is captured for, and more; when one is
+    A graph has room for sequences twice as long as those of its first step, at least; when one is
     longer, the step is captured anew. By pass_kv and gather_kv every rank sends as many pages of K
     and V, whole ones: those of the rank that has most, up to the next power of two, beyond which a
     step is captured anew too.
@@ -102,6 +105,8 @@ class DecodeGraphs:
         shape.slots = self._cache.reserve(plan, shape.slots)
         programs, fixed = self._ring.programs, shape.fixed
         pages = self._cache.most_pages(plan)
+        if self._ring.world_size == 1:  # nothing travels
+            pages = pages[0], 1
         if not shape.holds(*pages):
             programs.release(fixed.programs)
             shape.begin(*pages)

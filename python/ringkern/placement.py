@@ -74,6 +74,7 @@ class Placement:
         for sequence, length in lengths.items():
             ok = isinstance(length, int) and not isinstance(length, bool) and length > 0
             check(ok, f"length of {sequence!r}", "an int above 0", repr(length))
+            check(length < 1 << 48, f"length of {sequence!r}", "less than 2^48", length)
         return self._extend(tuple(lengths), tuple(lengths.values()))
 
     def decode(self, sequences: Collection[object]) -> Plan:
@@ -103,9 +104,9 @@ class Placement:
         return self._extend(names, (1,) * len(names))
 
     def _extend(self, sequences, lengths) -> Plan:
+        new = np.array(lengths, dtype=np.int64)
         records = [self._records.get(sequence) or self._begin(sequence) for sequence in sequences]
         rows = np.array([record.row for record in records])
-        new = np.array(lengths, dtype=np.int64)
         starts, keys = self._lengths[rows], self._keys[rows]
         places = self._places(keys, starts, new)
         self._plans += 1

@@ -61,8 +61,7 @@ def _join(table, run, group):
     """Join full spans that lie side by side, in keys or in queries, within a group.
 
     What is cached is visible to all new queries of its sequence: one span, however many runs the
-    two are cut into. Return the table, ordered by group, then query row, then key row, and the
-    group of each span.
+    two are cut into. Return the table, by group, and the group of each span.
 
     Args:
         run: which run of queries each span is of; ascending.
@@ -96,7 +95,7 @@ def _merge(table, follows, begin, *others):
     """Make one of each full span and those that follow it in columns begin, begin + 1.
 
     follows: bool [n - 1], does a span follow the one before it? others: more columns. Return the
-    table and a list of the other columns.
+    table and the other columns.
     """
     if not follows.any():
         return table, others
