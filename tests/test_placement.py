@@ -3,6 +3,7 @@
 import collections
 import random
 
+import numpy as np
 import pytest
 import ringkern
 from hypothesis import given, settings
@@ -272,3 +273,36 @@ def test_refusals_change_nothing(call, match):
         call(placement)
     assert (placement._keys == keys).all() and list(placement._records) == ["a"]
     assert placement.length("a") == 5
+
+
+@given(WORLD_SIZES, CHANGES)
+@settings(max_examples=60)
+def test_blocks_are_the_same_rows(world_size, changes):
+    """What is cached of a sequence as one run: as many rows, in the same order, before the new."""
+    for plan in grown(ringkern.Placement(world_size), changes):
+        ranks = list(range(world_size))
+        plan.kv_blocks(ranks[:1])  # some first, then all
+        for rank, blocks in zip(ranks, plan.kv_blocks(ranks), strict=True):
+            runs = plan.kv_runs(rank)
+            assert blocks[:, 1].tolist() == (np.cumsum(blocks[:, 3]) - blocks[:, 3]).tolist()
+            for table in (blocks, runs):
+                assert (np.diff(table[:, 0]) >= 0).all()
+            for seq, start in enumerate(plan.starts.tolist()):
+                mine, whole = (table[table[:, 0] == seq] for table in (blocks, runs))
+                assert mine[:, 3].sum() == whole[:, 3].sum()
+                new = [row[1:].tolist() for row in mine if row[2] >= start]
+                assert new == [row[1:].tolist() for row in whole if row[2] >= start]
+                assert sum(row[2] < start for row in mine) <= 1
+
+
+def test_a_plan_is_current_while_others_change():
+    placement = ringkern.Placement(3)
+    placement.prefill({"a": 5, "b": 5})
+    plan = placement.decode(["a"])
+    placement.truncate("b", 2)
+    assert placement.changed_since(plan) == []
+    placement.truncate("a", 5)
+    assert placement.changed_since(plan) == ["a"]
+    placement.free("a")
+    placement.prefill({"a": 6})
+    assert placement.changed_since(plan) == ["a"], "another one of that name"

@@ -80,6 +80,8 @@ def test_a_plan_refuses_what_it_cannot_be():
         Plan(2, (3,), "spiral")
     with pytest.raises(ringkern.ArgumentError, match="rank: want 0 to 1, got 2"):
         Plan(2, (3,)).positions(2)
+    with pytest.raises(ringkern.ArgumentError, match="starts: want None"):
+        Plan(2, (3,), starts=np.array([4]))
     for plan in (Plan(2, (3,)), ringkern.Placement(2).prefill({"a": 3})):
         for tell in (plan.runs, plan.kv_runs, plan.num_tokens, plan.kv_tokens, plan.indices):
             tell(1)  # so that what is kept does not answer for it

@@ -31,8 +31,11 @@ class Choice:
     predicted_us: dict[str, float]
 
 
-def block_bytes(kind: str, tokens: int, problem: Problem, partial_itemsize: int = 4) -> int:
-    """Return the bytes of one block on the wire: "kv", "q" or "part" (out and a float32 lse)."""
+def block_bytes(kind: str, tokens, problem: Problem, partial_itemsize: int = 4):
+    """Return the bytes of one block on the wire: "kv", "q" or "part" (out and a float32 lse).
+
+    tokens: an int, or int64 of any shape for as many blocks.
+    """
     itemsize = 4 if problem.dtype == "float32" else 2
     per_token = {
         "kv": problem.nheads_k * (problem.headdim + problem.headdim_v) * itemsize,
@@ -76,9 +79,10 @@ def steps_us(
     sees = visibility(plan, *sides)
     layout = _layout(methods, plan.world_size, sees.tobytes(), order)
     works = _works_us(make_spans(plan, layout.works, sides, {}), problem, hardware)
-    crowded, alone = (layout.work.add(us) for us in works)
-    sizes = _sizes(plan, problem, partial_itemsize)
-    sent, received, parts = (some.add(sizes.ravel()) for some in layout[2:5])
+    crowded, alone = (layout.attended.add(us) for us in works)
+    sizes = _sizes(plan, problem, partial_itemsize).ravel()
+    moved = layout.sent, layout.received, layout.parts
+    sent, received, parts = (entries.add(sizes) for entries in moved)
     exchange = np.maximum(sent, received) / hardware.link_gb_s / 1e3
     exchange += hardware.latency_us * layout.talks
     merge = parts / hardware.merge_gb_s / 1e3
@@ -104,7 +108,7 @@ class _Layout(NamedTuple):
     """The outlines of all methods as indices: what is alike in plans with the same visibility."""
 
     works: list[tuple[int, int, int]]  # as in schedule.Outline, each once
-    work: _Entries  # of the works
+    attended: _Entries  # of the works
     sent: _Entries  # of the blocks as _sizes() has them, as the next two
     received: _Entries
     parts: _Entries  # that are received, and merged

@@ -1,4 +1,4 @@
-"""The history: which sequences there are, and where their positions lie."""
+"""Which sequences there are, and which rank gets their next positions."""
 
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass

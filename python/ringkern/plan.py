@@ -43,6 +43,8 @@ class Plan:
             check(False, "lengths", "a tuple of ints, 0 or more", repr(self.lengths)[:100])
         object.__setattr__(self, "lengths", tuple(lengths))
         shard.check_layout(self.layout)
+        alone = self.starts is not None and (self.held is None or self.cached is None)
+        check(not alone, "starts", "None in a plan made by hand", "cached tokens of no Placement")
 
     @property
     def total(self) -> int:

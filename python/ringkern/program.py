@@ -92,11 +92,13 @@ class Program:
         sent = {(move.kind, move.rank) for step in schedule for move in step.sends}
         self.sends_q = ("q", rank) in sent
         self.kv_room = self.kv_slots = None
-        rows = [plan.num_tokens(work.q_rank) for step in schedule for work in step.work]
         kv_room = room.wire_pages * page_size if room else None
         blocks = Blocks(pool, plan, problem, dtype, device, partial_dtype, kv_room)
         with torch.inference_mode(False):  # its views are written inside that mode and outside
-            self._tables = Tables(rows, room.pages, device) if room else None
+            self._tables = None
+            if room:
+                rows = [plan.num_tokens(work.q_rank) for step in schedule for work in step.work]
+                self._tables = Tables(rows, room.pages, device)
             if ("kv", rank) in sent:
                 blocks.take("kv", rank, plan.kv_tokens(rank))
                 self.kv_room = blocks.kv(rank)
