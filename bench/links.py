@@ -111,6 +111,7 @@ class Links:
         _share_finely()
         os.environ["MASTER_ADDR"] = f"{SUBNET}.254"
         os.environ["RINGKERN_HOST"] = f"{SUBNET}.{rank + 1}"
+        os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
         _enter(f"/run/netns/{self._prefix}-{rank}")
 
     @contextlib.contextmanager

@@ -12,21 +12,23 @@ import torch
 from ringkern import local, tiles
 from ringkern.types import Problem
 
+from bench import plain
 from bench.operation import Operation, nothing
 
 IMPLS = ("step", "compute", "transfer")
+# On a CPU, the same step by torch's messages, and by sockets that nobody sees to
+OTHERS = ("gloo_step", "sockets_step")
 
 
 @dataclass
 class State:
-    """One rank's block, and room for the next one."""
+    """How one rank attends and posts, and what came."""
 
     ring: object
     moves: bool  # whether a message has where to go
-    peers: tuple[int, int]  # the next rank, and the one before
     attend: object  # attends with the block that is here
-    here: torch.Tensor  # K and V
-    coming: torch.Tensor
+    post: object  # (impl) -> what to wait for, in order
+    coming: torch.Tensor  # the next block's K and V
     want: float  # each element of what comes
     finish: object  # waits for the device
 
@@ -50,8 +52,21 @@ def make_inputs(session, case) -> State:
 
     size = ring.world_size
     moves = size > 1 or ring.transport == "nccl"  # which also sends to itself
-    peers = (ring.rank + 1) % size, (ring.rank - 1) % size
-    return State(ring, moves, peers, attend, kv, torch.full_like(kv, -1), float(peers[1]), finish)
+    to, source = (ring.rank + 1) % size, (ring.rank - 1) % size
+    coming = torch.full_like(kv, -1)
+    if OTHERS[0] in case.impls:
+        gloo, line = session.gloo(), plain.Line(ring, kv, coming)
+
+    def post(impl):
+        if impl == "compute" or not moves:
+            return []
+        if impl == "sockets_step":
+            return line.post()
+        if impl == "gloo_step":
+            return [gloo.irecv(coming, src=source), gloo.isend(kv, dst=to)]
+        return [ring.post([(to, kv)], [(source, coming)])]
+
+    return State(ring, moves, attend, post, coming, float(source), finish)
 
 
 def _open(session, case):
@@ -66,14 +81,11 @@ def prepare(state: State, impl: str) -> None:
 
 
 def call(state: State, impl: str, index: int) -> None:
-    ticket = None
-    if impl != "compute" and state.moves:
-        messages = [(state.peers[0], state.here)], [(state.peers[1], state.coming)]
-        ticket = state.ring.post(*messages)
+    posted = state.post(impl)
     if impl != "transfer":
         state.attend()
-    if ticket:
-        ticket.wait()
+    for message in posted:
+        message.wait()
     state.finish()
 
 

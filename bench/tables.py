@@ -208,23 +208,25 @@ def hidden(records: list[dict]) -> list[str]:
 
 
 def overlap(records: list[dict]) -> list[str]:
-    """A ring step against its attention and its messages alone."""
+    """A ring step against its attention and its messages alone, and against others' messages."""
+    others = {"sockets_step": "by plain sockets", "gloo_step": "by gloo"}
+    others = {impl: head for impl, head in others.items() if _of(records, impl)}
     rows = [
         ["over", "ranks", "attention", "messages", "both, as a step", "of the longer", "asked for"]
     ]
+    rows[0] += others.values()
     for one in _of(records, "step"):
-        alone = [
-            _find(records, one["case"], impl)["time_us"]["p50"] for impl in ("compute", "transfer")
-        ]
-        step = one["time_us"]["p50"]
+        every = ["compute", "transfer", "step", *others]
+        times = {i: _find(records, one["case"], i)["time_us"]["p50"] for i in every}
+        longer = max(times["compute"], times["transfer"])
         rows.append(
             [
                 one["link"] if "shaped" in one["link"] else f"{one['transport']}, {one['link']}",
                 one["world_size"],
-                *map(_time, alone),
-                _time(step),
-                f"{step / max(alone):.2f} x",
+                *(_time(times[impl]) for impl in every[:3]),
+                f"{times['step'] / longer:.2f} x",
                 f"1.05 x{_verdict(one)}",
+                *(f"{times[impl] / longer:.2f} x" for impl in others),
             ]
         )
     return _table(rows)

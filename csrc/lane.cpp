@@ -12,13 +12,22 @@
 namespace ringkern {
 namespace {
 
-// Below the least window that TCP begins with, so that as much can always come.
-constexpr std::size_t kMostLowWater = std::size_t{32} << 10;
+// For how much of a piece the thread wakes, at the least and at the most.
+constexpr std::size_t kLeastLowWater = std::size_t{32} << 10;
+constexpr std::size_t kMostLowWater = std::size_t{256} << 10;
+
+// And at most for this part of what the kernel holds, so that as much can always come: that counts
+// what a packet takes beside its bytes, which is most of it for 1500 bytes in a page of 4096.
+constexpr std::size_t kPartOfRoom = 4;
 
 }  // namespace
 
 Lane::Lane(Link& link, Loop& loop, Socket socket, int index)
-    : link_(link), index_(index), socket_(std::move(socket)), watch_(loop, socket_.fd(), this) {
+    : link_(link),
+      index_(index),
+      socket_(std::move(socket)),
+      watch_(loop, socket_.fd(), this),
+      wanted_(kLeastLowWater) {
   update_watch();
 }
 
@@ -122,6 +131,7 @@ void Lane::pull(std::size_t* budget) {
     if (n <= 0) break;
     const bool emptied = static_cast<std::size_t>(n) < *budget - room;
     *budget -= static_cast<std::size_t>(n);
+    adapt(static_cast<std::size_t>(n));
     take(static_cast<std::size_t>(n));
     if (emptied) break;
   }
@@ -130,13 +140,22 @@ void Lane::pull(std::size_t* budget) {
 }
 
 // Nobody needs a part of a piece, and on a slow link each packet would wake the thread, which takes
-// a core from those who compute.
+// a core from those who compute. Where hardly more has come than the thread woke for, bytes come
+// slowly, and it may wake for more. Where much more has come, copying is what takes the time, and
+// it should begin early.
+void Lane::adapt(std::size_t came) {
+  if (!in_payload_ || low_water_ != wanted_) return;
+  wanted_ = came < wanted_ + wanted_ / 2 ? std::min(2 * wanted_, kMostLowWater)
+                               : std::max(wanted_ / 2, kLeastLowWater);
+}
+
 void Lane::update_low_water() {
   const std::size_t left = in_payload_ ? in_.nbytes - in_done_ : 1;
-  const std::size_t wanted = std::min(left, kMostLowWater);
-  if (wanted == low_water_) return;
-  socket_.set_low_water(wanted);
-  low_water_ = wanted;
+  const std::size_t most = std::max<std::size_t>(socket_.receive_room() / kPartOfRoom, 1);
+  const std::size_t low_water = std::min({left, wanted_, most});
+  if (low_water == low_water_) return;
+  socket_.set_low_water(low_water);
+  low_water_ = low_water;
 }
 
 void Lane::take(std::size_t nbytes) {

@@ -40,6 +40,7 @@ class Lane : private Handler {
   void finish_piece();
   void end(const std::string& why);
   void update_watch();
+  void adapt(std::size_t came);
   void update_low_water();
 
   Link& link_;
@@ -63,6 +64,7 @@ class Lane : private Handler {
   std::uint32_t in_crc_ = 0;
   bool in_payload_ = false;
   std::size_t low_water_ = 1;  // bytes that must have come for the loop to wake
+  std::size_t wanted_;         // what that is where the piece is long enough
 
   bool paused_ = false;  // the next piece waits for its receive to be posted
   bool ended_ = false;

@@ -173,6 +173,13 @@ void Socket::set_low_water(std::size_t nbytes) {
   set_option(fd_, SOL_SOCKET, SO_RCVLOWAT, static_cast<int>(nbytes));
 }
 
+std::size_t Socket::receive_room() const {
+  int nbytes = 0;
+  socklen_t size = sizeof(nbytes);
+  if (::getsockopt(fd_, SOL_SOCKET, SO_RCVBUF, &nbytes, &size) != 0) return 0;
+  return static_cast<std::size_t>(std::max(nbytes, 0));
+}
+
 int Socket::take_error() {
   int error = 0;
   socklen_t size = sizeof(error);
