@@ -146,7 +146,7 @@ void Lane::pull(std::size_t* budget) {
 void Lane::adapt(std::size_t came) {
   if (!in_payload_ || low_water_ != wanted_) return;
   wanted_ = came < wanted_ + wanted_ / 2 ? std::min(2 * wanted_, kMostLowWater)
-                               : std::max(wanted_ / 2, kLeastLowWater);
+                                         : std::max(wanted_ / 2, kLeastLowWater);
 }
 
 void Lane::update_low_water() {

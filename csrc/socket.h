@@ -59,8 +59,8 @@ class Socket {
   // From now on the socket is readable when so many bytes are there, or no more can come. Best
   // effort, like tune().
   void set_low_water(std::size_t nbytes);
-  // How many bytes the kernel holds until they are read, and what it needs beside them; it lets that
-  // grow. 0 where it does not say.
+  // How many bytes the kernel holds until they are read, and what it needs beside them; it lets
+  // that grow. 0 where it does not say.
   std::size_t receive_room() const;
 
   // The error that a non-blocking connect ended with; 0 when it is connected.
