@@ -16,6 +16,7 @@ from bench.operation import Operation, nothing
 IMPLS = {
     "ringkern": "device memory through pinned slots, copies and wire at once",
     "host": "the same bytes between host memory: what the wire does",
+    "copies": "as many bytes to the host and to the device, and nothing on the wire",
     "synchronous": "device memory by slices: copy, send and receive, copy, one after another",
 }
 SLICE = 64 << 10  # of Mooncake's TCP transport (notes on transports, section 1.1)
@@ -73,6 +74,10 @@ def call(state: State, impl: str, index: int) -> None:
     if impl == "host":
         pair = state.host_send[index], state.host_recv[index]
         return _exchange(state.wire, state.peers, *pair)
+    if impl == "copies":
+        state.host_recv[index].copy_(state.send[index])
+        state.recv[index].copy_(state.host_send[index])
+        return state.finish()
     if impl == "ringkern":
         _exchange(state.link, state.peers, state.send[index], state.recv[index])
         return state.finish()
@@ -93,8 +98,9 @@ def _exchange(link, peers, out: torch.Tensor, into: torch.Tensor) -> None:
 def check(state: State, impl: str) -> dict:
     """Compare every element of every timed buffer, then spoil it; stub_driver: 1 without a GPU."""
     recv = state.host_recv if impl == "host" else state.recv
+    want = state.host_send if impl == "copies" else state.want
     state.finish()
-    error = int((recv.cpu() - state.want).abs().max())
+    error = int((recv.cpu() - want).abs().max())
     recv.fill_(transport.SPOILED)
     return {"ok": error == 0, "max_err": float(error), "stub_driver": float(state.stands_in)}
 
