@@ -1,5 +1,7 @@
 """The paged cache: pages, copy-on-write, and calls that are refused before anything changes."""
 
+import random
+
 import pytest
 import ringkern
 import torch
@@ -107,6 +109,43 @@ def run_out_and_retry(ring):
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_out_of_pages_changes_nothing_and_can_be_retried(world_size):
     run_threads(run_out_and_retry, world_size)
+
+
+def count_pages(ring, seed):
+    """Return for each plan of a random history the most pages by the cache, and those held here."""
+    rng, placement, known, found = random.Random(seed), ringkern.Placement(ring.world_size), [], []
+    cache = make_cache(ring, placement, num_layers=1, num_pages=500, page_size=2)
+    for new in range(30):
+        some = rng.sample(known, min(len(known), rng.randint(1, 4)))
+        change = rng.choice(("prefill", "decode", "fork", "free")) if some else "prefill"
+        if change == "fork":
+            placement.fork(some[0], new)
+            placement.truncate(some[0], rng.randint(0, placement.length(some[0])))
+            known.append(new)
+        elif change == "free":
+            placement.free(some[0])
+            known.remove(some[0])
+        else:
+            lengths = {name: rng.randint(1, 12) for name in [*some, new]}
+            decodes = change == "decode"
+            plan = placement.decode(some) if decodes else placement.prefill(lengths)
+            known += [] if decodes else [new]
+            attend(ring, plan, cache)
+            here = [len(cache.page_table(name)) for name in plan.sequences]
+            found.append((cache.most_pages(plan), here))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_most_pages_of_a_plan_are_those_of_the_rank_that_has_most(seed):
+    world_size = (1, 2, 3, 5)[seed % 4]
+    plans = 0
+    for ranks in zip(*run_threads(count_pages, world_size, seed), strict=True):
+        held = [pages for _, pages in ranks]
+        want = max(map(max, held)), max(map(sum, held))
+        assert [most for most, _ in ranks] == [want] * world_size
+        plans += 1
+    assert plans > 8
 
 
 def state(ring, placement, cache):
