@@ -38,6 +38,12 @@ BAD_OPTIONS = [
     (dict(softcap=float("nan")), "softcap"),
     (dict(softmax_scale="x"), "softmax_scale: want a finite number or None, got 'x'"),
     (dict(softmax_scale=float("inf")), "softmax_scale"),
+    (
+        dict(softmax_scale=1e39),
+        "softmax_scale: want a finite number.*got 1e.39. Scores are float32",
+    ),
+    (dict(softmax_scale=10**400), "softmax_scale"),
+    (dict(softcap=1e300), "softcap: want .*got 1e.300. Scores"),
     (dict(sinks=torch.zeros(3)), r"sinks: want \[nheads\] = \[4\], got \[3\]"),
     (dict(sinks=[0.0] * 4), "sinks: want a floating tensor or None, got list"),
     (dict(backend="cuda"), "backend: want one of auto, triton, hopper, torch, got 'cuda'"),

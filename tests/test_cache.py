@@ -238,6 +238,7 @@ def test_another_ring_s_cache():
         (dict(page_size=-1), "page_size"),
         (dict(headdim_v=0), "headdim_v"),
         (dict(num_layers=True), "num_layers"),
+        (dict(dtype="float32"), "dtype: want float16.*got 'float32'. Give one of torch"),
         (dict(dtype=torch.float64), "dtype: want float16"),
     ],
 )
@@ -253,6 +254,8 @@ def test_a_cache_needs_a_placement_of_the_ring_s_size():
     with ringkern.init_ring(transport="local") as ring:
         with pytest.raises(ringkern.ArgumentError, match="placement: want a Placement, got dict"):
             make_cache(ring, {})
+        with pytest.raises(ringkern.ArgumentError, match="ring: want what init_ring.*NoneType"):
+            make_cache(None, ringkern.Placement(1))
         with pytest.raises(ringkern.ArgumentError, match="placement: want world_size 1"):
             make_cache(ring, ringkern.Placement(2))
 

@@ -218,6 +218,7 @@ def test_plan_needs_no_torch():
         (["plan", "--world-size", "2", "--lengths", "9", "--rank", "2"], "rank: want 0 to 1"),
         (["plan", "--world-size", "2", "--lengths", "9", "--method", "x"], "method: want one of"),
         (["calibrate", "--ranks", "0"], "ranks: want at least 1"),
+        (["calibrate", "--threads", "0"], "threads: want at least 1"),
         (["calibrate", "--device", "gpu"], "device: want a torch device, got 'gpu'"),
         (["trace", "--ranks", "0"], "ranks: want at least 1"),
         (["trace", "--threads", "0"], "threads: want at least 1"),

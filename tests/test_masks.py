@@ -3,6 +3,9 @@
 A name in a table says whose mask it is.
 """
 
+import itertools
+import sys
+
 import pytest
 import ringkern
 import torch
@@ -92,3 +95,13 @@ def test_every_row_of_a_ring_sees_its_keys(whose, world_size, lengths, options, 
                 assert torch.equal(out[:, head] > 0, want[rows]), f"{whose}: {method}"
             count = want[rows].sum(1).float().log().expand_as(lse)
             torch.testing.assert_close(lse, count, rtol=0, atol=1e-5, msg=f"{whose}: {method}")
+
+
+@pytest.mark.parametrize("side", [1 << 48, (1 << 62) + 5, sys.maxsize - 5, sys.maxsize, 1 << 70])
+def test_a_window_beyond_every_position_is_none(side):
+    q, k = torch.randn(1, 40, 2, 8), torch.randn(1, 5, 2, 8)
+    for (a, b), causal in itertools.product(((q, k), (k, q)), (False, True)):
+        out, lse = ringkern.attn_func(a, b, b, causal=causal)
+        for window_size in ((side, -1), (-1, side), (side, side)):
+            got = ringkern.attn_func(a, b, b, causal=causal, window_size=window_size)
+            assert torch.equal(got[0], out) and torch.equal(got[1], lse)

@@ -253,6 +253,7 @@ def test_ids_can_be_used_again():
         (lambda p: p.decode("a"), "sequences: want a list of sequence ids, got 'a'"),
         (lambda p: p.decode(5), "sequences: want a list"),
         (lambda p: p.decode({"a"}), "sequences: want a list"),
+        (lambda p: p.decode({"a": 5}), "sequences: want a list"),
         (lambda p: p.decode([["a"]]), "sequence: want an id that was prefilled"),
         (lambda p: p.fork("a", ["b"]), "new: want an id"),
         (lambda p: p.decode(["a", "x"]), "sequence: want an id that was prefilled.*'x'"),
@@ -306,3 +307,16 @@ def test_a_plan_is_current_while_others_change():
     placement.free("a")
     placement.prefill({"a": 6})
     assert placement.changed_since(plan) == ["a"], "another one of that name"
+
+
+def test_what_is_no_world_size_no_rank_and_no_tensor():
+    with pytest.raises(ringkern.ArgumentError, match="world_size: want an int"):
+        ringkern.Placement(True)
+    plan = ringkern.Placement(2).prefill({"a": 3})
+    with pytest.raises(ringkern.ArgumentError, match="rank: want 0 to 1, got True"):
+        plan.indices(True)
+    for x in (5, None, [1, 2, 3], np.zeros(())):
+        with pytest.raises(ringkern.ArgumentError, match=r"x: want a tensor or an array \[total"):
+            plan.shard(x, 0)
+    with pytest.raises(ringkern.ArgumentError, match="x: want 3 rows"):
+        plan.shard(np.zeros((2, 3)), 0)

@@ -77,7 +77,9 @@ class KVCache:
         )
         check_sizes(**sizes)
         name = str(dtype).removeprefix("torch.")
-        check(name in DTYPES, "dtype", ", ".join(DTYPES), name)
+        ok = isinstance(dtype, torch.dtype) and name in DTYPES
+        check(ok, "dtype", ", ".join(DTYPES), repr(dtype), "Give one of torch, as torch.float32.")
+        check(hasattr(ring, "attn"), "ring", "what init_ring() returned", type(ring).__name__)
         check(
             isinstance(placement, Placement), "placement", "a Placement", type(placement).__name__
         )

@@ -268,6 +268,7 @@ def _measure_ring(args):
     device = args.device or "cpu"
     gpu.pick_device(device, "auto")  # here, where a device that cannot be is the user's error
     threads = 1 if args.threads is None else args.threads
+    check(threads >= 1, "threads", "at least 1", threads)
     return launch.launch(measure_rank, ranks, args.seconds, device, threads=threads)[0]
 
 

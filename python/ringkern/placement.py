@@ -38,7 +38,7 @@ class Placement:
     """
 
     def __init__(self, world_size: int):
-        ok = isinstance(world_size, int) and world_size >= 1
+        ok = isinstance(world_size, int) and not isinstance(world_size, bool) and world_size >= 1
         check(ok, "world_size", "an int of at least 1", repr(world_size))
         self.world_size = world_size
         self._records: dict[object, _Record] = {}
@@ -88,7 +88,7 @@ class Placement:
         """
         # A set of strings has another order in each process.
         ok = isinstance(sequences, Collection)
-        ok = ok and not isinstance(sequences, str | bytes | set | frozenset)
+        ok = ok and not isinstance(sequences, str | bytes | set | frozenset | Mapping)
         if not ok:
             check(False, "sequences", "a list of sequence ids", repr(sequences))
         check(len(sequences) > 0, "sequences", "at least one sequence", "none")

@@ -148,6 +148,8 @@ class Plan:
 
     def shard(self, x, rank: int):
         """Return the rank's rows of x [total, ...], as a copy in local packed order."""
+        shape = tuple(getattr(x, "shape", ()))
+        check(len(shape) > 0, "x", "a tensor or an array [total, ...]", shape or type(x).__name__)
         check(len(x) == self.total, "x", f"{self.total} rows, one per new token", len(x))
         return x[self.indices(rank)]
 
@@ -157,7 +159,7 @@ class Plan:
         return {}
 
     def _check_rank(self, rank) -> None:
-        if not (isinstance(rank, int) and 0 <= rank < self.world_size):
+        if isinstance(rank, bool) or not (isinstance(rank, int) and 0 <= rank < self.world_size):
             check(False, "rank", f"0 to {self.world_size - 1}", repr(rank))
 
     def _table(self, rank: int, kind: str) -> np.ndarray:

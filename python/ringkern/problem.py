@@ -1,12 +1,13 @@
 """From the arguments of a call to its Problem. Nothing unsupported gets past."""
 
-import math
-
 import torch
 
 from ringkern.errors import UnsupportedError, check
 from ringkern.types import Problem
 
+MOST = torch.finfo(torch.float32).max
+FLOAT32 = f"Scores are float32, which ends at {MOST:.1e}."
+FURTHEST = 1 << 48  # positions are below; sums of a few stay far from overflow
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -26,12 +27,12 @@ def make_problem(
     nheads, headdim = q.shape[-2:]
     nheads_k, headdim_v = v.shape[-2:]
     _check_mask(causal, window_size)
-    check(_is_finite(softcap) and softcap >= 0, "softcap", "0.0 (off) or more", repr(softcap))
+    ok = _is_finite(softcap) and softcap >= 0
+    check(ok, "softcap", "0.0 (off) or more", repr(softcap), FLOAT32)
     if softmax_scale is None:
         softmax_scale = headdim**-0.5
-    check(
-        _is_finite(softmax_scale), "softmax_scale", "a finite number or None", repr(softmax_scale)
-    )
+    want = "a finite number or None"
+    check(_is_finite(softmax_scale), "softmax_scale", want, repr(softmax_scale), FLOAT32)
     return Problem(
         batch=q.shape[0] if q.dim() == 4 else 1,
         nheads=nheads,
@@ -41,7 +42,7 @@ def make_problem(
         dtype=_dtype(q),
         causal=causal,
         softmax_scale=float(softmax_scale),
-        window_size=tuple(int(side) for side in window_size),
+        window_size=_bounded(window_size),
         softcap=float(softcap),
     )
 
@@ -60,7 +61,7 @@ def make_asked(
     name = str(dtype).removeprefix("torch.")
     check(name in DTYPES, "dtype", ", ".join(DTYPES), name)
     _check_mask(causal, window_size)
-    window_size = tuple(int(side) for side in window_size)
+    window_size = _bounded(window_size)
     return Problem(1, *sizes.values(), name, causal, headdim**-0.5, window_size, 0.0)
 
 
@@ -75,6 +76,11 @@ def _check_mask(causal, window_size):
     check(isinstance(causal, bool), "causal", "True or False", repr(causal))
     want = "two ints (left, right), -1 for no bound"
     check(_is_window(window_size), "window_size", want, repr(window_size))
+
+
+def _bounded(window_size) -> tuple[int, int]:
+    """Return the window with -1 for what no position is as far away as."""
+    return tuple(int(side) if side < FURTHEST else -1 for side in window_size)
 
 
 def _check_tensors(q, k, v, sinks, device):
@@ -174,4 +180,5 @@ def _is_window(window_size) -> bool:
 
 
 def _is_finite(x) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    """Return whether x is a number that float32, which kernels take, holds."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= MOST

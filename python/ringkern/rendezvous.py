@@ -3,10 +3,13 @@
 Records are JSON of a fixed small size over a store or a process group that exists. No pickle.
 """
 
+import contextlib
 import datetime
 import itertools
 import json
 import os
+import socket
+import time
 
 import torch
 import torch.distributed as dist
@@ -21,6 +24,8 @@ from ringkern.errors import (
 )
 
 RECORD_BYTES = 2048
+PAUSE_S = 0.05  # between attempts to reach a store
+LINGER_S = 1.0  # for how long at most rank 0 keeps its store for ranks that have not read all
 
 
 class GroupRendezvous:
@@ -53,11 +58,15 @@ class StoreRendezvous:
         self._prefix = f"ringkern/{restart}/{number}"
         self._rounds = itertools.count()
         served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._serves = self.rank == 0 and not served
+        self._linger = datetime.timedelta(seconds=min(LINGER_S, timeout_s / 4))
         with self._named_errors("joining"):
+            if not self._serves:
+                self._reach()
             self._store = dist.TCPStore(
                 self._host,
                 self._port,
-                is_master=self.rank == 0 and not served,
+                is_master=self._serves,
                 timeout=datetime.timedelta(seconds=timeout_s),
                 wait_for_workers=False,
                 multi_tenant=True,
@@ -68,10 +77,12 @@ class StoreRendezvous:
         here = f"{self._prefix}/{next(self._rounds)}"
         record = record | {"world_size": self.world_size}
         records = []
-        with self._named_errors("waiting for every rank at"):
-            self._store.set(f"{here}/{self.rank}", _pack(record))
+        try:
+            with self._named_errors("telling"):
+                self._store.set(f"{here}/{self.rank}", _pack(record))
             for rank in range(self.world_size):
-                theirs = _unpack(self._store.get(f"{here}/{rank}"), rank)
+                with self._named_errors(f"waiting for rank {rank} at"):
+                    theirs = _unpack(self._store.get(f"{here}/{rank}"), rank)
                 check(
                     theirs["world_size"] == self.world_size,
                     "WORLD_SIZE",
@@ -80,7 +91,33 @@ class StoreRendezvous:
                     "Start all ranks with the same --nnodes and --nproc-per-node.",
                 )
                 records.append(theirs)
+        finally:
+            self._leave(f"{here}/read")
         return records
+
+    def _reach(self) -> None:
+        """Return when the store's port takes connections; torch would try beyond the timeout."""
+        end = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                left = max(end - time.monotonic(), PAUSE_S)
+                socket.create_connection((self._host, self._port), timeout=left).close()
+                return
+            except OSError as error:
+                if time.monotonic() + PAUSE_S >= end:
+                    raise dist.DistStoreError(f"timed out: {error}") from error
+            time.sleep(PAUSE_S)
+
+    def _leave(self, key: str) -> None:
+        """Note that this rank has read all that it will; rank 0 stays for the others' sake.
+
+        Its store ends with it, and who has not read by then would not learn what it has.
+        """
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            if self._store.add(key, 1) == self.world_size:
+                self._store.set(f"{key}/all", b"")
+            if self._serves:
+                self._store.wait([f"{key}/all"], self._linger)
 
     def _named_errors(self, doing: str):
         return _NamedErrors(
