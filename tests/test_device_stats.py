@@ -1,58 +1,16 @@
 """Times by a GPU's clock, with events that a test lets the GPU pass."""
 
 import contextlib
-import itertools
 
 import pytest
 import torch
+from fake_gpu import FakeEvent, pretend_cuda
 from ringkern.device_stats import DeviceStats
-
-
-class FakeEvent:
-    """An event that is passed when the clock stands at its time."""
-
-    clock_ms, waits = 0.0, 0
-    ticks = itertools.count()
-
-    def __init__(self, enable_timing=False):
-        self.at_ms = None
-
-    def record(self, stream):
-        self.at_ms = float(next(FakeEvent.ticks)) * stream.tick_ms
-
-    def query(self):
-        return FakeEvent.clock_ms >= self.at_ms
-
-    def synchronize(self):
-        FakeEvent.waits += 1
-        FakeEvent.clock_ms = max(FakeEvent.clock_ms, self.at_ms)
-
-    def elapsed_time(self, other):
-        return other.at_ms - self.at_ms
-
-
-class FakeStream:
-    tick_ms, cuda_stream = 1.0, 7
-
-    def __init__(self, device=None):
-        self.waited = []
-
-    def wait_event(self, event):
-        self.waited.append(event)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    current = FakeStream()
-    FakeEvent.ticks, FakeEvent.clock_ms, FakeEvent.waits = itertools.count(), 0.0, 0
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    return current
+    return pretend_cuda(monkeypatch)
 
 
 def call(stats, steps=2):

@@ -18,7 +18,7 @@ ALLOWED = {
     "tile_table": {"errors"},
     "decode_table": {"tiles"},
     "pages": set(),
-    "plan": {"errors", "shard"},
+    "plan": {"errors", "shard", "upload"},
     "history": {"types"},
     "placement": {"errors", "history", "plan"},
     "progress": {"errors", "plan"},

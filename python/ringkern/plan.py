@@ -147,11 +147,19 @@ class Plan:
         return self.positions(rank) + np.repeat(begins[table[:, 0]], table[:, 3])
 
     def shard(self, x, rank: int):
-        """Return the rank's rows of x [total, ...], as a copy in local packed order."""
+        """Return the rank's rows of x [total, ...], as a copy in local packed order.
+
+        x: an array, or a tensor on any device; of a GPU's the host waits for nothing.
+        """
         shape = tuple(getattr(x, "shape", ()))
         check(len(shape) > 0, "x", "a tensor or an array [total, ...]", shape or type(x).__name__)
         check(len(x) == self.total, "x", f"{self.total} rows, one per new token", len(x))
-        return x[self.indices(rank)]
+        rows = self.indices(rank)
+        if getattr(x, "is_cuda", False):
+            from ringkern.upload import upload  # here, as planning needs no torch
+
+            rows = upload(rows, x.device)
+        return x[rows]
 
     @functools.cached_property
     def memo(self) -> dict:
