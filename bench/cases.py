@@ -199,6 +199,7 @@ def _decode(batch: int) -> Case:
 HOST = {
     "plan": (host.HOST_PLAN, host.measure_plan, 500, "time_us.p50"),
     "layer": (host.HOST_LAYER, host.measure_layer, 60, "time_us.p50"),
+    "launch": (host.HOST_LAYER, host.measure_launches, 60, "time_us.p50"),
     "graph": (host.HOST_GRAPH, host.measure_graph, 500, "detail.layer_us"),
 }
 
@@ -244,7 +245,7 @@ CASES = (
     *(_decode(batch) for batch in (1, 4, 16)),
     _host("plan", 1000.0, calls=20),
     _host("layer", 50.0, calls=50),
-    _host("layer", 100.0, world_size=8, calls=50),
+    _host("launch", 100.0, world_size=8, calls=50, needs="triton"),
     _host("graph", 15.0, 8, ("gather_q", "pass_q"), calls=32, warmup=2, needs="triton"),
     _plan(1, 1 << 20, 1),
     _plan(1, 1 << 20, 128),

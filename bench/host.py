@@ -1,6 +1,7 @@
 """What a call costs on the host: a decode step's plan, a layer's call, the replay of all layers.
 
 Kernels and messages are replaced by nothing, so what is left is Python: what a GPU would wait for.
+Or launches are made, up to the driver.
 """
 
 import contextlib
@@ -99,7 +100,7 @@ def _no_work():
     def skip(*_, **__):
         return None
 
-    places = (local, "step"), (local, "merge_")
+    places = (local, "step"), (local.Merge, "__call__")
     places += (ringkern.KVCache, "gather"), (ringkern.KVCache, "store")
     before = [getattr(place, name) for place, name in places]
     for place, name in places:
@@ -113,6 +114,19 @@ def _no_work():
 
 def measure_layer(session, case) -> dict[str, Measurement]:
     """Return the times of a layer's call in a decode step that other layers have begun."""
+    with _no_work():
+        return _measure_layer(case)
+
+
+def measure_launches(session, case) -> dict[str, Measurement]:
+    """Return the same with launches of Triton's kernels, but for what the driver does."""
+    from tests.stub_triton import stub_triton
+
+    with stub_triton():
+        return _measure_layer(case)
+
+
+def _measure_layer(case):
     ring = Ring(NoLink(case.world_size), torch.device("cpu"))
     placement = ringkern.Placement(case.world_size)
     heads = dict(nheads_k=4, headdim=64)
@@ -121,7 +135,7 @@ def measure_layer(session, case) -> dict[str, Measurement]:
     cache = ringkern.KVCache(ring, placement, **heads, **pages, page_size=64)
     found = {impl: Measurement([]) for impl in case.impls}
     names = _names(case)
-    with torch.inference_mode(), _no_work():
+    with torch.inference_mode():
         plan = placement.prefill(dict.fromkeys(names, case.shape["cached"]))
         for layer in range(layers):
             _attend(ring, cache, plan, layer, "pass_kv")

@@ -233,10 +233,13 @@ def overlap(records: list[dict]) -> list[str]:
 
 
 def host(records: list[dict]) -> list[str]:
-    """What a decode step and a layer's call cost in Python, by method; in a graph on 8 ranks."""
+    """What a decode step and a layer's call cost the host, by method.
+
+    On 8 ranks with its launches, and in a graph.
+    """
     rows = [
         ["method", "a decode step of 64, planned", "its choice", "the first layer's call"]
-        + ["another's", "in a graph"]
+        + ["another's", "on 8 ranks, with launches", "in a graph"]
     ]
     for plan in records:
         layer = _find(records, plan["case"].replace("/plan/", "/layer/"), plan["impl"])
@@ -246,7 +249,11 @@ def host(records: list[dict]) -> list[str]:
             graph = _find(records, "host/graph/w8/b64", plan["impl"])
             replayed = _time(graph["detail"]["layer_us"]) + _verdict(graph) if graph else "none"
             first = _time(layer["detail"]["first_us"])
-            rows.append([f"`{plan['impl']}`", times[0], choice_us, first, times[1], replayed])
+            launch = _find(records, "host/launch/w8/b64", plan["impl"])
+            launched = _time(launch["time_us"]["p50"]) + _verdict(launch) if launch else "none"
+            rows.append(
+                [f"`{plan['impl']}`", times[0], choice_us, first, times[1], launched, replayed]
+            )
     return _table(rows)
 
 

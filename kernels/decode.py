@@ -11,6 +11,7 @@ import math
 
 import torch
 from ringkern.kernels import configs, merge, target
+from ringkern.kernels.launch import Launch
 from ringkern.kernels.softmax import finish, fold, load_rows, scales, start
 from ringkern.kernels.target import (
     MAX_PROGRAMS,
@@ -141,14 +142,33 @@ def decode(
     Raises:
         ValueError: shapes, dtypes, strides, devices or numbers do not fit.
     """
+    tables = page_table, seqused_k, cu_seqlens_q
+    options = dict(max_seqlen_q=max_seqlen_q, page_size=page_size, softmax_scale=softmax_scale)
+    options |= dict(softcap=softcap, limits=limits, sinks=sinks, num_splits=num_splits)
+    options |= dict(seeded=seeded, allow_tf32=allow_tf32)
+    with torch.cuda.device_of(q):
+        prepare(q, k, v, out, lse, *tables, **options)(q, k, v, out, lse, sinks)
+
+
+def prepare(
+    q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, *,
+    max_seqlen_q, page_size, softmax_scale, softcap=0.0, limits=None, sinks=None, num_splits=1,
+    seeded=False, allow_tf32=False,
+):  # fmt: skip
+    """Check what decode() takes; return run(q, k, v, out, lse, sinks), which does it.
+
+    To be run often, on the current device, with tensors as launch.Launch takes them in its calls,
+    or as [1, ...] of the same.
+    """
     _check(q, k, v, out, lse, page_table, seqused_k, cu_seqlens_q, limits, sinks, seeded)
     _check_numbers(max_seqlen_q, page_size, num_splits, softmax_scale, softcap)
     if not lse.numel():
-        return
+        return _nothing
     (total_q, nheads, headdim), (_, nheads_k, headdim_v) = q.shape, v.shape
-    parts, lses = out[None], lse[None]
+    parts, lses, shape = out[None], lse[None], (num_splits, total_q, nheads, headdim_v)
     if num_splits > 1:
-        parts, lses = merge.empty_parts(q, num_splits, total_q, nheads, headdim_v)
+        parts, lses = merge.empty_parts(q, *shape)
+        join = merge.prepare(parts, lses, out, lse, seeded=seeded)
     group = nheads // nheads_k
     rows, keys = group * max_seqlen_q, page_table.shape[1] * page_size
     blocks, config = _blocks(arch_of(q.device), headdim, headdim_v, dtype_name(q), rows)
@@ -159,20 +179,28 @@ def decode(
     check(keys <= most, "page_table", f"pages of at most {most} tokens", keys)
     check(grid[0] <= MAX_PROGRAMS, "q", f"at most {MAX_PROGRAMS} tiles times heads", grid[0])
     seed = "state" if seeded and num_splits == 1 else "none" if sinks is None else "sinks"
-    with torch.cuda.device_of(q):
-        _decode[grid](
-            q, k, v, parts, lses, page_table, seqused_k, cu_seqlens_q, limits, sinks,
-            *scales(softmax_scale, softcap), tiles, nheads_k,
-            *target.vector_strides(q, k, v), page_table.stride(0),
-            *parts.stride()[:3], *lses.stride(),
-            HEADDIM=headdim, HEADDIM_V=headdim_v, **blocks, GROUP=group, PAGE_SIZE=page_size,
-            SEED=seed, SOFTCAP=softcap > 0,
-            PRECISION="tf32" if allow_tf32 else "ieee",
-            num_warps=config.num_warps, num_stages=config.num_stages,
-            maxnreg=config.registers,
-        )  # fmt: skip
-    if num_splits > 1:
-        merge.merge_into(parts, lses, out, lse, seeded=seeded)
+    numbers = (
+        *scales(softmax_scale, softcap), tiles, nheads_k, *target.vector_strides(q, k, v),
+        page_table.stride(0), *parts.stride()[:3], *lses.stride(),
+    )  # fmt: skip
+    constexprs = dict(
+        HEADDIM=headdim, HEADDIM_V=headdim_v, **blocks, GROUP=group, PAGE_SIZE=page_size,
+        SEED=seed, SOFTCAP=softcap > 0, PRECISION="tf32" if allow_tf32 else "ieee",
+    )  # fmt: skip
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    launch = Launch(_decode, grid, numbers, constexprs, **options, maxnreg=config.registers)
+
+    def run(q, k, v, out, lse, sinks=None):
+        parts, lses = (out, lse) if num_splits == 1 else merge.empty_parts(q, *shape)
+        launch(q, k, v, parts, lses, page_table, seqused_k, cu_seqlens_q, limits, sinks)
+        if num_splits > 1:
+            join(parts, lses, out, lse)
+
+    return run
+
+
+def _nothing(*_) -> None:
+    """Decode no query."""
 
 
 def choose_splits(batch: int, nheads_k: int, max_seqlen: int, num_sms: int) -> int:

@@ -6,6 +6,7 @@ A part weighs exp(lse - top) over the sum of these, top being the largest lse: p
 
 import torch
 from ringkern.kernels import configs
+from ringkern.kernels.launch import Launch
 from ringkern.kernels.softmax import LN2, LOG2E
 from ringkern.kernels.target import (
     MAX_PROGRAMS,
@@ -150,23 +151,36 @@ def merge_into(outs, lses, out, lse, *, seeded: bool = False) -> None:
     seeded: what (out, lse) hold is one more part, the first; out must be float32 then. (out, lse)
     may be one of the parts, but must not overlap them in any other way.
     """
+    with torch.cuda.device_of(out):
+        prepare(outs, lses, out, lse, seeded=seeded)(outs, lses, out, lse)
+
+
+def prepare(outs, lses, out, lse, *, seeded: bool = False):
+    """Check what merge_into() takes; return run(outs, lses, out, lse), which does it.
+
+    To be run often, on the current device, with tensors as launch.Launch takes them in its calls.
+    """
     _check(outs, lses, out, lse, seeded)
+    if not lse.numel():
+        return _nothing
     if outs.dim() == 4:
         outs, lses, out, lse = outs[:, None], lses[:, None], out[None], lse[None]
     parts, batch, tokens, nheads, headdim = outs.shape
-    if not lse.numel():
-        return
     blocks, num_warps = _blocks(parts, headdim, arch_of(out.device), dtype_name(outs))
     tiles = triton.cdiv(tokens, blocks["BLOCK_T"])
     programs = batch * tiles * nheads
     check(programs <= MAX_PROGRAMS, "outs", f"at most {MAX_PROGRAMS} tiles", programs)
     check(tokens <= MAX_ROWS, "outs", f"at most {MAX_ROWS} tokens", tokens)
-    with torch.cuda.device_of(out):
-        _merge[(programs,)](
-            outs, lses, out, lse, parts, tokens, nheads, tiles,
-            *outs.stride()[:-1], *lses.stride(), *out.stride()[:-1], *lse.stride(),
-            HEADDIM=headdim, **blocks, SEEDED=seeded, num_warps=num_warps,
-        )  # fmt: skip
+    numbers = (
+        parts, tokens, nheads, tiles,
+        *outs.stride()[:-1], *lses.stride(), *out.stride()[:-1], *lse.stride(),
+    )  # fmt: skip
+    constexprs = dict(HEADDIM=headdim, **blocks, SEEDED=seeded)
+    return Launch(_merge, (programs,), numbers, constexprs, num_warps=num_warps)
+
+
+def _nothing(*_) -> None:
+    """Merge parts of no rows."""
 
 
 def _check(outs, lses, out, lse, seeded):

@@ -8,6 +8,7 @@ import math
 
 import torch
 from ringkern.kernels import configs
+from ringkern.kernels.launch import Launch
 from ringkern.kernels.target import arch as arch_of
 from ringkern.kernels.target import check, check_tensors, tl, triton
 from ringkern.kernels.variant import Variant
@@ -54,7 +55,8 @@ def gather(cache, slots, out) -> None:
     Raises:
         ValueError: shapes, dtypes, strides or devices do not fit.
     """
-    _copy(cache, slots, out, "out", gather=True)
+    with torch.cuda.device_of(out):
+        prepare(cache, slots, out, "out", gather=True)(cache, slots, out)
 
 
 def scatter(x, slots, cache) -> None:
@@ -63,10 +65,22 @@ def scatter(x, slots, cache) -> None:
     Arguments and errors as for gather(), with any strides in x. Where a slot comes twice, one of
     its rows is left, nobody knows which.
     """
-    _copy(cache, slots, x if _rows_are_whole(x) else x.contiguous(), "x", gather=False)
+    with torch.cuda.device_of(x):
+        prepare(cache, slots, x, "x", gather=False)(cache, slots, x)
 
 
-def _copy(cache, slots, packed, name, gather):
+def prepare(cache, slots, packed, name: str, *, gather: bool):
+    """Check what gather() or scatter() take; return run(cache, slots, packed), which does it.
+
+    To be run often, on the current device, with tensors as launch.Launch takes them in its calls,
+    or as [1, ...] of the same.
+
+    Args:
+        name: of packed, in errors.
+    """
+    if not gather and not _rows_are_whole(packed):
+        run_whole = prepare(cache, slots, packed.contiguous(), name, gather=gather)
+        return lambda cache, slots, packed: run_whole(cache, slots, packed.contiguous())
     check(cache.dim() == 3, "cache", "[num_slots, nheads_k, headdim]", tuple(cache.shape))
     check(slots.dim() == 1, "slots", "[rows]", tuple(slots.shape))
     want = (len(slots), *cache.shape[1:])
@@ -78,20 +92,34 @@ def _copy(cache, slots, packed, name, gather):
     for what, x in (("cache", cache), (name, packed)):
         check(_rows_are_whole(x), what, "contiguous rows", f"strides {x.stride()}")
     if not (packed.numel() and cache.numel()):
-        return
+        return _nothing
     unit = _unit(cache, packed)
     word = min(unit, 4)
-    cache, packed = (x.view(len(x), -1).view(WORDS[word]) for x in (cache, packed))
     vector = unit // word
+
+    def in_words(x):
+        return x.flatten(0, -3).flatten(1).view(WORDS[word])
+
+    cache, packed = in_words(cache), in_words(packed)
     rows, words = packed.shape
     blocks, num_warps = _blocks(words, arch_of(packed.device))
     grid = triton.cdiv(rows, blocks["BLOCK_R"]), triton.cdiv(words, blocks["BLOCK_W"])
-    with torch.cuda.device_of(packed):
-        _copy_rows[grid](
-            cache, packed, slots, rows, len(cache), words // vector,
-            cache.stride(0) // vector, packed.stride(0) // vector,
-            VECTOR=vector, **blocks, GATHER=gather, num_warps=num_warps,
-        )  # fmt: skip
+    numbers = (
+        rows, len(cache), words // vector, cache.stride(0) // vector, packed.stride(0) // vector
+    )  # fmt: skip
+    constexprs = dict(VECTOR=vector, **blocks, GATHER=gather)
+    launch = Launch(_copy_rows, grid, numbers, constexprs, num_warps=num_warps)
+
+    def run(cache, slots, packed):
+        if not launch.ready:  # then it takes addresses
+            cache, packed = in_words(cache), in_words(packed)
+        launch(cache, packed, slots)
+
+    return run
+
+
+def _nothing(*_) -> None:
+    """Copy no row."""
 
 
 def _rows_are_whole(x):

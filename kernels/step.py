@@ -11,8 +11,9 @@ import math
 
 import torch
 from ringkern.kernels import configs, target
+from ringkern.kernels import merge as merges
 from ringkern.kernels.cut import Table, choose_cut
-from ringkern.kernels.merge import empty_parts, merge_into
+from ringkern.kernels.launch import Launch
 from ringkern.kernels.softmax import finish, fold, load_rows, scales, start
 from ringkern.kernels.target import check, tl, triton
 from ringkern.kernels.variant import Variant
@@ -147,26 +148,69 @@ def step(
     Raises:
         ValueError: an argument does not fit; nothing was computed.
     """
-    written = out if phase in ("first", "middle") else result
+    options = dict(softmax_scale=softmax_scale, softcap=softcap, phase=phase, allow_tf32=allow_tf32)
+    with torch.cuda.device_of(q):
+        prepare(q, k, v, out, lse, table, result=result, sinks=sinks, **options)(
+            q, k, v, out, lse, result, sinks
+        )
+
+
+def prepare(
+    q, k, v, out, lse, table: Table, *, softmax_scale: float, softcap: float = 0.0,
+    phase: str = "middle", result=None, sinks=None, allow_tf32: bool = False,
+):  # fmt: skip
+    """Check what step() takes; return run(q, k, v, out, lse, result, sinks), which does it.
+
+    To be run often, on the current device, with tensors as launch.Launch takes them in its calls.
+    """
+    ends = phase not in ("first", "middle")
+    written = result if ends else out
     _check(q, k, v, out, lse, table, softmax_scale, softcap, phase, written, sinks)
     if not (len(table.tiles) and q.shape[0] and q.shape[2]):
-        return
+        return _nothing
     seed = _seed(phase, sinks is not None)
-    out, sinks = written if out is None else out, lse if sinks is None else sinks
-    inputs = (q, k, v, out, lse, sinks, table, softmax_scale, softcap, allow_tf32)
-    with torch.cuda.device_of(q):
-        if table.splits == 1:
-            _launch(*inputs, written[None], lse[None], 0, seed)
-            return
-        # The state joins with the parts, or as part 0 where what is written is not the state.
-        first, last = table.rows[0], table.rows[-1]
-        shape = (table.splits, q.shape[0], last - first, *written.shape[2:])
-        parts, lses = empty_parts(q, *shape)
-        middle = phase == "middle"
-        _launch(*inputs, parts, lses, first, "none" if middle else seed)
+    options, state = (softmax_scale, softcap, allow_tf32), written if out is None else out
+    if table.splits == 1:
+        launch = _launch(q, k, v, state, lse, table, *options, written[None], lse[None], 0, seed)
+
+        def run(q, k, v, out, lse, result=None, sinks=None):
+            written = result if ends else out
+            launch(
+                q, k, v, written if out is None else out, lse, written, lse,
+                lse if sinks is None else sinks, table.tiles, table.pieces,
+            )  # fmt: skip
+
+        return run
+    # The state joins with the parts, or as part 0 where what is written is not the state.
+    first, last, seeded = table.rows[0], table.rows[-1], phase == "middle"
+    shape = (table.splits, q.shape[0], last - first, *written.shape[2:])
+    some = merges.empty_parts(q, *shape)
+    launch = _launch(
+        q, k, v, state, lse, table, *options, *some, first, "none" if seeded else seed
+    )  # fmt: skip
+
+    def slices(parts, lses, written, lse):
         for a, b in zip(table.rows[::2], table.rows[1::2], strict=True):
             some = parts[:, :, a - first : b - first], lses[..., a - first : b - first]
-            merge_into(*some, written[:, a:b], lse[:, :, a:b], seeded=middle)
+            yield *some, written[:, a:b], lse[:, :, a:b]
+
+    joins = [merges.prepare(*each, seeded=seeded) for each in slices(*some, written, lse)]
+
+    def run_splits(q, k, v, out, lse, result=None, sinks=None):
+        written = result if ends else out
+        parts, lses = merges.empty_parts(q, *shape)
+        launch(
+            q, k, v, written if out is None else out, lse, parts, lses,
+            lse if sinks is None else sinks, table.tiles, table.pieces,
+        )  # fmt: skip
+        for join, each in zip(joins, slices(parts, lses, written, lse), strict=True):
+            join(*each)
+
+    return run_splits
+
+
+def _nothing(*_) -> None:
+    """Run a step that has no keys or no rows."""
 
 
 def _seed(phase, sinks):
@@ -175,22 +219,20 @@ def _seed(phase, sinks):
 
 
 def _launch(
-    q, k, v, out, lse, sinks, table, softmax_scale, softcap, allow_tf32, result, result_lse, row0,
-    seed,
-):  # fmt: skip
+    q, k, v, out, lse, table, softmax_scale, softcap, allow_tf32, result, result_lse, row0, seed
+):
     cut = table.cut
     grid = len(table.tiles), q.shape[2] // cut.group, q.shape[0]
-    _step[grid](
-        q, k, v, out, lse, result, result_lse, sinks, table.tiles, table.pieces, table.splits, row0,
-        *scales(softmax_scale, softcap),
-        *target.vector_strides(q, k, v), *out.stride()[:3], *lse.stride(), *result.stride()[:4], *result_lse.stride(),
-        **_constexprs(
-            cut, q.shape[2] // k.shape[2], q.shape[3], v.shape[3], q.itemsize, seed, table.splits > 1,
-            softcap != 0, softmax_scale < 0, "tf32" if allow_tf32 else "ieee",
-        ),
-        num_warps=cut.num_warps, num_stages=cut.num_stages,
-        maxnreg=cut.registers,
+    numbers = (
+        table.splits, row0, *scales(softmax_scale, softcap), *target.vector_strides(q, k, v),
+        *out.stride()[:3], *lse.stride(), *result.stride()[:4], *result_lse.stride(),
     )  # fmt: skip
+    constexprs = _constexprs(
+        cut, q.shape[2] // k.shape[2], q.shape[3], v.shape[3], q.itemsize, seed, table.splits > 1,
+        softcap != 0, softmax_scale < 0, "tf32" if allow_tf32 else "ieee",
+    )  # fmt: skip
+    options = dict(num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.registers)
+    return Launch(_step, grid, numbers, constexprs, **options)
 
 
 def _constexprs(

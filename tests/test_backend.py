@@ -80,24 +80,22 @@ def test_views_and_empty_calls():
 
 
 def count_launches(replace=setattr):
-    """Return a count by kernel, which grows as they are launched; steps by their phase too."""
+    """Return a count by kernel, which grows as they are made ready; steps by their phase too."""
     launched = collections.Counter()
 
-    def count(module, name):
-        real = getattr(module, name)
+    def count(module, name_of):
+        prepare = module.prepare
 
         def counting(*args, **options):
-            launched[f"{name} {options.get('phase', '')}".strip()] += 1
-            return real(*args, **options)
+            launched[name_of(options)] += 1
+            return prepare(*args, **options)
 
-        replace(module, name, counting)
+        replace(module, "prepare", counting)
 
-    count(step, "step")
-    count(decode, "decode")
-    for name in ("merge", "merge_"):
-        count(merge, name)
-    for name in ("gather", "scatter"):
-        count(pack, name)
+    count(step, lambda options: f"step {options['phase']}")
+    count(decode, lambda options: "decode")
+    count(merge, lambda options: "merge_" if options["seeded"] else "merge")
+    count(pack, lambda options: "gather" if options["gather"] else "scatter")
     return launched
 
 
@@ -251,8 +249,12 @@ def test_the_variable_decides_where_a_call_says_auto(monkeypatch):
 def test_float32_products_are_exact_unless_asked(monkeypatch):
     """By the step kernel, in a call and in a ring, and by the decode kernel."""
     asked = []
-    for module, name in ((step, "step"), (decode, "decode")):
-        monkeypatch.setattr(module, name, lambda *_, allow_tf32, **__: asked.append(allow_tf32))
+
+    def prepare(*_, allow_tf32, **__):
+        return lambda *_: asked.append(allow_tf32)
+
+    for module in (step, decode):
+        monkeypatch.setattr(module, "prepare", prepare)
     q, k = draw((1, 1, 1, 16), (1, 4, 1, 16))
     spans = np.array([[0, 1, 0, 4, 0, 3, 1, 1]])  # a query that sees a page of keys
 
@@ -300,6 +302,33 @@ def test_phases_of_a_state(page_size):
         assert torch.equal(lse[0, :, 2:], sinks[:, None].expand(8, 10))
 
 
+def test_tensors_that_lie_otherwise_in_each_layer(monkeypatch):
+    """Kernels are made ready for one layout: the next call's may be another."""
+    monkeypatch.setenv("RINGKERN_BACKEND", "triton")
+    plan = ringkern.Placement(1).prefill({"a": 29, "b": 2})
+    fused = torch.randn(31, 8, 16, device=DEVICE).half()
+    whole = [x.contiguous() for x in fused.split((4, 2, 2), 1)]
+    sinks = torch.tensor([0.5, -3.0, 0.0, 2.0], device=DEVICE)
+    ways = [
+        lambda x: x,
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+        misaligned,
+        lambda x: x,
+    ]
+    with ringkern.init_ring(ringkern.LocalGroup(1)[0], transport="local") as ring:
+        for other in (None, sinks, sinks.double(), sinks.repeat_interleave(2)[::2]):
+            want = None
+            for way in ways:
+                found = ring.attn(
+                    *map(way, whole), plan, sinks=other, method="pass_kv", return_lse=True
+                )
+                want = want or found
+                for got, expected in zip(found, want, strict=True):
+                    assert torch.equal(got, expected)
+        assert all(torch.equal(*pair) for pair in zip(found, want, strict=True))
+
+
 # ---- merges
 
 
@@ -312,7 +341,7 @@ def test_merges_go_by_the_backend(monkeypatch):
         with monkeypatch.context() as patch:
             launched = count_launches(patch.setattr)
             state = outs[None, 0].clone(), lses[None, 0].clone()
-            local.merge_(*state, *part)
+            local.Merge(*part)(*state)
             found[name] = *ringkern.merge(outs, lses), *state
         assert launched == ({"merge": 1, "merge_": 1} if name == "triton" else {})
     torch.testing.assert_close(found["triton"], found["torch"], rtol=2e-6, atol=2e-6)

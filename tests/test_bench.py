@@ -220,9 +220,10 @@ def test_a_case_without_its_package_is_skipped_by_name(tmp_path, capsys):
     ]
     assert run.Run(args).run(lacking) == 0
     printed = capsys.readouterr()
-    want = "SKIPPED host/graph/w8/b64: no no_such_thing here: pip install no_such_thing"
-    assert printed.err.splitlines() == [want]
-    assert "host/plan/w4/b64" in printed.out and "host/graph" not in printed.out
+    why = "no no_such_thing here: pip install no_such_thing"
+    want = [f"SKIPPED host/{what}/w8/b64: {why}" for what in ("launch", "graph")]
+    assert printed.err.splitlines() == want
+    assert "host/plan/w4/b64" in printed.out and "w8" not in printed.out
 
 
 def test_every_case_runs():

@@ -90,7 +90,7 @@ class KVCache:
             placement.world_size,
         )
         self.ring, self.placement, self.dtype = ring, placement, dtype
-        self._backend = pick_backend("auto", ring.device)
+        self._rows = local.Rows(pick_backend("auto", ring.device))
         self.number = next(_numbers)  # in the memos of plans: never another cache's
         self.num_layers, self.page_size, self.num_pages = num_layers, page_size, num_pages
         slots = num_pages * page_size
@@ -151,7 +151,7 @@ class KVCache:
     def store(self, layer: int, slots: torch.Tensor, k, v) -> None:
         """Copy K and V, [1, len(slots), ...], into slots of a layer."""
         for x, pool in zip((k, v), self._layers[layer], strict=True):
-            local.scatter_rows(x, slots, pool, self._backend)
+            self._rows.scatter(x, slots, pool)
 
     def reserve(self, plan: Plan, into: torch.Tensor | None) -> torch.Tensor:
         """Make room for a decode plan that a graph is to run; return the slots of its new tokens.
@@ -222,7 +222,7 @@ class KVCache:
         Of slot -1, which only tables of Triton's kernels have, nothing.
         """
         for pool, out in zip(self._layers[layer], (k_out, v_out), strict=True):
-            local.gather_rows(pool, slots, out, self._backend)
+            self._rows.gather(pool, slots, out)
 
     def page_table(self, sequence) -> torch.Tensor:
         """Return the sequence's page ids on this rank, int32 [pages], in order."""

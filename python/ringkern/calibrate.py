@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ringkern import local, tiles
+from ringkern.guard import guard
 from ringkern.profile import load
 from ringkern.types import Hardware, Problem
 
@@ -39,7 +40,12 @@ def measure(ring, budget_s: float = 3.0, problem: Problem = TYPICAL, shapes=SHAP
         problem: whose heads, head sizes and dtype to attend with.
         shapes: (query rows, keys) of the attention to time.
     """
-    share = budget_s / (1.5 * len(shapes) + 8)
+    with guard(ring.device):
+        return _measure(ring, problem, shapes, budget_s / (1.5 * len(shapes) + 8))
+
+
+def _measure(ring, problem, shapes, share):
+    """Return what measure() does, giving each of its parts `share` seconds or some times that."""
     ring.barrier()
     mine = {"span_us": _mean_us(ring, _attention(ring, 1, 1, problem), share)}
     mine["attend_tflops"] = _rates(ring, problem, shapes, mine["span_us"], share)
@@ -120,7 +126,8 @@ def _attention(ring, rows, keys, problem):
 
     def attend():
         k, v = pool[next(turns)].split(sizes)
-        local.step(q, k.view(k_shape), v.view(v_shape), *state, work, problem)
+        k, v = k.view(k_shape), v.view(v_shape)
+        local.step(q, k, v, *state, work, problem, layout=local.make_layout(q, k, v))
 
     return attend
 
@@ -129,7 +136,8 @@ def _merge_gb_s(ring, problem, seconds):
     q = torch.randn(1, 512, problem.nheads, problem.headdim_v, device=ring.device)
     state = local.make_state(q, problem.headdim_v)
     part = torch.randn_like(q), torch.zeros(1, problem.nheads, 512, device=ring.device)
-    us = _mean_us(ring, lambda: local.merge_(*state, *part), seconds)
+    merge = local.Merge(*part)
+    us = _mean_us(ring, lambda: merge(*state), seconds)
     return 4 * (q.numel() + part[1].numel()) / us / 1e3
 
 

@@ -16,6 +16,8 @@ from ringkern.kernels import reference, step_torch
 from ringkern.types import Problem
 from ringkern.upload import upload
 
+MOST_LAYOUTS = 16  # for which a kernel is kept ready; more come of tensors that lie ever otherwise
+
 
 def clear_state(out, lse, sinks=None) -> None:
     """Make (out, lse) what they are before any key was seen.
@@ -54,6 +56,7 @@ class _Tiles(NamedTuple):
 
     table: object
     phase: str
+    ready: dict  # layout -> the kernel, as prepare() of its module returned it
 
 
 class _Decode(NamedTuple):
@@ -62,6 +65,7 @@ class _Decode(NamedTuple):
     tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     options: dict[str, int]
     phase: str
+    ready: dict  # as of _Tiles
 
 
 def prepare(
@@ -107,7 +111,7 @@ def prepare(
     table = tile_table.make_tiles(
         spans, how.block_q, how.block_n, rows=whole, fill=fill, splits=fixed
     )
-    return _Tiles(cut.make_table(table, how, device, upload), phase)
+    return _Tiles(cut.make_table(table, how, device, upload), phase, {})
 
 
 def prepare_room(share, problem: Problem, *, page_size: int, phase: str):
@@ -131,10 +135,12 @@ def _prepare_decode(tables, queries, page_size, problem, phase, sequences, longe
     num_sms = _num_sms(tables[0].device)
     splits = env.num_splits() or choose_splits(sequences, problem.nheads_k, longest, num_sms)
     options = dict(page_size=page_size, num_splits=splits, max_seqlen_q=queries)
-    return _Decode(tables, options, phase)
+    return _Decode(tables, options, phase, {})
 
 
-def step(q, k, v, out, lse, work, problem: Problem, *, sinks=None, result=None) -> None:
+def step(
+    q, k, v, out, lse, work, problem: Problem, *, sinks=None, result=None, layout=None
+) -> None:
     """Add the keys of the spans to the running (out, lse), in place. Shapes as in step_torch.
 
     Args:
@@ -142,29 +148,68 @@ def step(q, k, v, out, lse, work, problem: Problem, *, sinks=None, result=None) 
         sinks: [nheads], in phases "first" and "only": what a state starts from.
         result: of out's shape in q's dtype, written in its place in phases "last" and "only", the
             second of which has no use for out.
+        layout: what make_layout() returned for this call's tensors, where the others are the same
+            whenever it is the same: then Triton's kernels are only made ready for the first one,
+            and later ones run on the current device, which must be the tensors'.
     """
-    options = dict(softmax_scale=problem.softmax_scale, softcap=problem.softcap)
     if isinstance(work, _Spans):
         if work.phase == "first":
             clear_state(out, lse, sinks)
+        options = dict(softmax_scale=problem.softmax_scale, softcap=problem.softcap)
         step_torch.step(q, k, v, out, lse, work.spans, **options)
         return
-    sinks = None if sinks is None else sinks.float().contiguous()
-    options |= dict(sinks=sinks, allow_tf32=_allow_tf32())
-    q, k, v = align(q, k, v)
-    if isinstance(work, _Decode):
-        from ringkern.kernels.decode import decode
+    run = None if layout is None else work.ready.get(layout)
+    if run is None:
+        sinks = as_sinks(sinks)
+        given = q, k, v
+        q, k, v = align(*given)
+        run = _make_ready(q, k, v, out, lse, work, problem, sinks, result)
+        if layout is not None and all(x is y for x, y in zip(given, (q, k, v), strict=True)):
+            if len(work.ready) == MOST_LAYOUTS:
+                work.ready.clear()
+            work.ready[layout] = run
+        with torch.cuda.device_of(q):
+            run(q, k, v, out, lse, result, sinks)
+        return
+    run(q, k, v, out, lse, result, sinks)
 
-        written = result if work.phase == "only" else out
-        packed = q[0], k[0], v[0], written[0], lse[0]
-        seeded = work.phase in ("middle", "last")
-        decode(*packed, *work.tables, **work.options, **options, seeded=seeded)
-        if work.phase == "last":
-            result.copy_(out)
-    else:
+
+def _make_ready(q, k, v, out, lse, work, problem, sinks, result):
+    """Return the work as a function of its tensors, for those of the same layouts."""
+    options = dict(softmax_scale=problem.softmax_scale, softcap=problem.softcap, sinks=sinks)
+    options |= dict(allow_tf32=_allow_tf32())
+    if isinstance(work, _Tiles):
         from ringkern.kernels import step as kernel
 
-        kernel.step(q, k, v, out, lse, work.table, phase=work.phase, result=result, **options)
+        given = q, k, v, out, lse, work.table
+        return kernel.prepare(*given, phase=work.phase, result=result, **options)
+    from ringkern.kernels import decode
+
+    only, last = work.phase == "only", work.phase == "last"
+    packed = (x[0] for x in (q, k, v, result if only else out, lse))
+    seeded = work.phase in ("middle", "last")
+    run = decode.prepare(*packed, *work.tables, **work.options, **options, seeded=seeded)
+
+    def ready(q, k, v, out, lse, result, sinks):
+        run(q, k, v, result if only else out, lse, sinks)  # of one batch: their addresses
+        if last:
+            result.copy_(out)
+
+    return ready
+
+
+def as_sinks(sinks):
+    """Return sinks as kernels take them, or None."""
+    return None if sinks is None else sinks.float().contiguous()
+
+
+def make_layout(*tensors) -> tuple:
+    """Return what Triton's kernels that were made ready for tensors are good for: step()'s layout.
+
+    tensors: those of a call that may lie otherwise in the next one, of the same shapes and dtypes.
+    """
+    where = [None if x is None else (x.stride(), x.data_ptr() % 16) for x in tensors]
+    return *where, _allow_tf32()
 
 
 def attend(q, k, v, spans: np.ndarray, problem: Problem, sinks, backend: str):
@@ -216,34 +261,69 @@ def _warn_copy(name: str) -> None:
     warnings.warn(message + "multiples of 16 bytes.", RuntimeWarning, stacklevel=5)
 
 
-def gather_rows(pool, slots, out, backend: str) -> None:
-    """Copy rows of a paged pool, [1, slots, nheads_k, headdim]: out[0, i] = pool[0, slots[i]]."""
-    if backend == "triton":
-        from ringkern.kernels import pack
+class Rows:
+    """Copies rows from and to the paged pools of a cache, [1, slots, nheads_k, headdim].
 
-        pack.gather(pool[0], slots, out[0])
-    else:
-        torch.index_select(pool, 1, slots, out=out)
+    Of slots, int64 [rows], contiguous. Triton's kernel runs on the current device.
+    """
+
+    def __init__(self, backend: str):
+        self._backend = backend
+        self._ready: dict = {}  # what the kernel of Triton was made ready for, and it
+
+    def gather(self, pool, slots, out) -> None:
+        """Write out[0, i] = pool[0, slots[i]]."""
+        if self._backend == "triton":
+            self._copy(pool, slots, out, True)
+        else:
+            torch.index_select(pool, 1, slots, out=out)
+
+    def scatter(self, x, slots, pool) -> None:
+        """Write pool[0, slots[i]] = x[0, i]."""
+        if self._backend == "triton":
+            self._copy(pool, slots, x, False)
+        else:
+            pool.index_copy_(1, slots, x)
+
+    def _copy(self, pool, slots, packed, gather):
+        offsets = tuple(x.data_ptr() % 16 for x in (pool, slots, packed))
+        key = gather, packed.shape, packed.stride(), offsets
+        run = self._ready.get(key)
+        if run is None:
+            from ringkern.kernels import pack
+
+            name = "out" if gather else "x"
+            run = pack.prepare(pool[0], slots, packed[0], name, gather=gather)
+            if len(self._ready) == MOST_LAYOUTS:
+                self._ready.clear()
+            self._ready[key] = run
+        run(pool, slots, packed)  # of one batch: their addresses
 
 
-def scatter_rows(x, slots, pool, backend: str) -> None:
-    """Copy rows into a paged pool, [1, slots, nheads_k, headdim]: pool[0, slots[i]] = x[0, i]."""
-    if backend == "triton":
-        from ringkern.kernels import pack
+class Merge:
+    """Merges a part into states that are contiguous and of one shape.
 
-        pack.scatter(x[0], slots, pool[0])
-    else:
-        pool.index_copy_(1, slots, x)
+    Args:
+        out, lse: the part, which may hold another one in each call; out of any dtype.
+    """
 
+    def __init__(self, out, lse):
+        self._part, self._run = (out, lse), None
 
-def merge_(out, lse, part_out, part_lse) -> None:
-    """Merge a part into the running (out, lse), in place: float32; part_out in any dtype."""
-    if pick_backend("auto", out.device, _merging(out.shape[-1], out.dtype), "merge") == "triton":
+    def __call__(self, out, lse) -> None:
+        """Merge it into (out, lse), float32, in place; by Triton on the current device."""
+        if self._run is None:
+            self._run = self._make_ready(out, lse)
+        self._run(out, lse, *self._part)
+
+    def _make_ready(self, out, lse):
+        merging = _merging(out.shape[-1], out.dtype)
+        if pick_backend("auto", out.device, merging, "merge") != "triton":
+            return lambda out, lse, *part: step_torch.merge_(out, lse, part[0].float(), part[1])
         from ringkern.kernels import merge as kernel
 
-        kernel.merge_(out, lse, part_out, part_lse)
-    else:
-        step_torch.merge_(out, lse, part_out.float(), part_lse)
+        run = kernel.prepare(*(x[None] for x in self._part), out, lse, seeded=True)
+        return lambda out, lse, *part: run(*part, out, lse)
 
 
 def merge(outs, lses):

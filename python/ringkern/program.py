@@ -42,7 +42,7 @@ class _Ready(NamedTuple):
     own_q: bool  # whether any message is this rank's queries
     casts: list[tuple[torch.Tensor, torch.Tensor]]  # (from, to), before the messages are posted
     works: list[_Work]
-    parts: list[tuple[torch.Tensor, torch.Tensor]]  # (out, lse) that have come, to be merged
+    merges: list[local.Merge]  # of parts that have come
     nbytes: int  # sent
     planned: int  # bytes that the plan says are sent
 
@@ -120,10 +120,10 @@ class Program:
             blocks.take(*self._received(move), move.tokens)
             recvs.append((move.peer, blocks.wire(*self._received(move))))
         works = [self._make_work(work, blocks) for work in step.work]
-        parts = [blocks.part("arrived", m.peer) for m in step.recvs if m.kind == "part"]
-        for move in step.recvs:
-            if move.kind == "part":
-                blocks.drop("arrived", move.peer)
+        arrived = [m.peer for m in step.recvs if m.kind == "part"]
+        merges = [local.Merge(*blocks.part("arrived", peer)) for peer in arrived]
+        for peer in arrived:
+            blocks.drop("arrived", peer)
         for block in step.drops:
             blocks.drop(*block)
         nbytes = [blocks.nbytes(move.kind, move.tokens) for move in step.sends]
@@ -138,7 +138,7 @@ class Program:
             any(x is None for _, x in sends),
             casts,
             works,
-            parts,
+            merges,
             sum(n if x is None else x.numel() for (_, x), n in zip(sends, nbytes, strict=True)),
             sum(nbytes),
         )
@@ -231,6 +231,8 @@ class Program:
         out = result if self._out is None else self._out
         if self._backend == "triton":  # once, where each step would
             q, *own_kv = local.align(q, *own_kv, say="qkv")
+            sinks = local.as_sinks(sinks)
+        layout = local.make_layout(q, *own_kv, sinks)
         if not isinstance(self._first, Work):
             local.clear_state(out, lse, sinks)
         for step in self._steps:
@@ -250,16 +252,17 @@ class Program:
                 began = now()
                 operands = q if work.q is None else work.q, *(work.kv or own_kv)
                 state, seed = work.state or (out, lse), sinks if work.sinks else None
-                local.step(*operands, *state, work.task, problem, sinks=seed, result=result)
+                given = dict(sinks=seed, result=result, layout=layout)
+                local.step(*operands, *state, work.task, problem, **given)
                 stats.add("attend", step.index, began, now())
             if ticket:
                 began = now()
                 times = ticket.wait()
                 stats.add("wait", step.index, began, now())
                 stats.add("exchange", step.index, *times, step.nbytes)
-            for part in step.parts:
+            for merge in step.merges:
                 began = now()
-                local.merge_(out, lse, *part)
+                merge(out, lse)
                 stats.add("merge", step.index, began, now())
         if out is not result and not self._writes_result:
             result.copy_(out)

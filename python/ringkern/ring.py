@@ -13,6 +13,7 @@ from ringkern.capture import captures
 from ringkern.collectives import Collectives
 from ringkern.cost import Choice, choose
 from ringkern.errors import TransportError, UnsupportedError, check
+from ringkern.guard import guard
 from ringkern.plan import Plan
 from ringkern.problem import check_dims, make_asked, make_problem, signature
 from ringkern.programs import Programs
@@ -199,7 +200,7 @@ class Ring(Collectives):
         captured = captures(self.device)
         self.programs.check_capture(captured, cache)
         self._stats.begin(method)
-        with contextlib.nullcontext() if captured else self._turns:
+        with guard(self.device), contextlib.nullcontext() if captured else self._turns:
             own_kv = cache.write(plan, layer, k, v) if cache else (k, v)
             given = plan, method, problem, cache, q.dtype, partial_dtype
             program = self.programs.find(*given, captured)
