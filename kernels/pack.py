@@ -21,15 +21,23 @@ WIDEST = 512  # words of a row that one program copies
 def _copy_rows(
     cache,  # [num_slots, words]
     packed,  # [rows, words]
+    cache_2,  # likewise
+    packed_2,
     slots,  # [rows] int64
-    rows, num_slots, vectors, cache_row, packed_row,
+    rows, num_slots, vectors, cache_row, packed_row, vectors_2, cache_row_2, packed_row_2,
     VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
-    """Copy BLOCK_W words of BLOCK_R rows from the cache to packed order if GATHER, else back.
+    """Copy BLOCK_W words of BLOCK_R rows from a cache to packed order if GATHER, else back.
 
-    Grid: (row blocks, word blocks). Sizes and strides come in vectors of VECTOR words, so that the
-    compiler sees how they are aligned.
+    Grid: (row blocks, word blocks, 2, or 1 without the second cache). Sizes and strides come in
+    vectors of VECTOR words, so that the compiler sees how they are aligned.
     """
+    second = tl.program_id(2) == 1
+    if second:
+        cache, packed = cache_2, packed_2
+    vectors = tl.where(second, vectors_2, vectors)
+    cache_row = tl.where(second, cache_row_2, cache_row)
+    packed_row = tl.where(second, packed_row_2, packed_row)
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     word = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     # Past the last row: slot -1, which no cache has.
@@ -56,7 +64,7 @@ def gather(cache, slots, out) -> None:
         ValueError: shapes, dtypes, strides or devices do not fit.
     """
     with torch.cuda.device_of(out):
-        prepare(cache, slots, out, "out", gather=True)(cache, slots, out)
+        prepare([cache], slots, [out], "out", gather=True)([cache], slots, [out])
 
 
 def scatter(x, slots, cache) -> None:
@@ -66,21 +74,57 @@ def scatter(x, slots, cache) -> None:
     its rows is left, nobody knows which.
     """
     with torch.cuda.device_of(x):
-        prepare(cache, slots, x, "x", gather=False)(cache, slots, x)
+        prepare([cache], slots, [x], "x", gather=False)([cache], slots, [x])
 
 
-def prepare(cache, slots, packed, name: str, *, gather: bool):
-    """Check what gather() or scatter() take; return run(cache, slots, packed), which does it.
+def prepare(caches, slots, packed, name: str, *, gather: bool):
+    """Check what gather() or scatter() take; return run(caches, slots, packed), which does it.
 
     To be run often, on the current device, with tensors as launch.Launch takes them in its calls,
     or as [1, ...] of the same.
 
     Args:
-        name: of packed, in errors.
+        caches, packed: a list of one each, or of two that go by the same slots, K and V.
+        name: of what is packed, in errors.
     """
-    if not gather and not _rows_are_whole(packed):
-        run_whole = prepare(cache, slots, packed.contiguous(), name, gather=gather)
-        return lambda cache, slots, packed: run_whole(cache, slots, packed.contiguous())
+    if not (gather or all(map(_rows_are_whole, packed))):
+        whole = prepare(caches, slots, _contiguous(packed), name, gather=gather)
+        return lambda caches, slots, packed: whole(caches, slots, _contiguous(packed))
+    for cache, x in zip(caches, packed, strict=True):
+        _check(cache, slots, x, name)
+    lengths = [len(cache) for cache in caches]
+    check(len(set(lengths)) == 1, "caches", "of as many slots", lengths)
+    if not (len(slots) and caches[0].numel()):
+        return _nothing
+    unit = _unit(*caches, *packed)
+    word = min(unit, 4)
+    vector = unit // word
+
+    def in_words(tensors):
+        return [x.flatten(0, -3).flatten(1).view(WORDS[word]) for x in tensors]
+
+    copies = list(zip(in_words(caches), in_words(packed), strict=True))
+    words = max(cache.shape[1] for cache, _ in copies)
+    blocks, num_warps = _blocks(words, arch_of(slots.device))
+    grid = triton.cdiv(len(slots), blocks["BLOCK_R"]), triton.cdiv(words, blocks["BLOCK_W"])
+    sizes = [
+        size // vector
+        for cache, x in (copies[0], copies[-1])
+        for size in (cache.shape[1], cache.stride(0), x.stride(0))
+    ]
+    numbers, constexprs = (len(slots), len(caches[0]), *sizes), dict(VECTOR=vector, **blocks)
+    constexprs |= dict(GATHER=gather)
+    launch = Launch(_copy_rows, (*grid, len(copies)), numbers, constexprs, num_warps=num_warps)
+
+    def run(caches, slots, packed):
+        if not launch.ready:  # then it takes addresses
+            caches, packed = in_words(caches), in_words(packed)
+        launch(caches[0], packed[0], caches[-1], packed[-1], slots)
+
+    return run
+
+
+def _check(cache, slots, packed, name):
     check(cache.dim() == 3, "cache", "[num_slots, nheads_k, headdim]", tuple(cache.shape))
     check(slots.dim() == 1, "slots", "[rows]", tuple(slots.shape))
     want = (len(slots), *cache.shape[1:])
@@ -91,31 +135,10 @@ def prepare(cache, slots, packed, name: str, *, gather: bool):
     check(slots.is_contiguous(), "slots", "contiguous", f"stride {slots.stride(0)}")
     for what, x in (("cache", cache), (name, packed)):
         check(_rows_are_whole(x), what, "contiguous rows", f"strides {x.stride()}")
-    if not (packed.numel() and cache.numel()):
-        return _nothing
-    unit = _unit(cache, packed)
-    word = min(unit, 4)
-    vector = unit // word
 
-    def in_words(x):
-        return x.flatten(0, -3).flatten(1).view(WORDS[word])
 
-    cache, packed = in_words(cache), in_words(packed)
-    rows, words = packed.shape
-    blocks, num_warps = _blocks(words, arch_of(packed.device))
-    grid = triton.cdiv(rows, blocks["BLOCK_R"]), triton.cdiv(words, blocks["BLOCK_W"])
-    numbers = (
-        rows, len(cache), words // vector, cache.stride(0) // vector, packed.stride(0) // vector
-    )  # fmt: skip
-    constexprs = dict(VECTOR=vector, **blocks, GATHER=gather)
-    launch = Launch(_copy_rows, grid, numbers, constexprs, num_warps=num_warps)
-
-    def run(cache, slots, packed):
-        if not launch.ready:  # then it takes addresses
-            cache, packed = in_words(cache), in_words(packed)
-        launch(cache, packed, slots)
-
-    return run
+def _contiguous(tensors):
+    return [x.contiguous() for x in tensors]
 
 
 def _nothing(*_) -> None:
@@ -162,7 +185,9 @@ def _variant(arch, name, dtype, words, vector, *, gather):
     pointer = {torch.int32: "*i32", torch.int16: "*i16"}[dtype]
     signature = dict.fromkeys(_copy_rows.arg_names, "i32")
     signature |= dict.fromkeys(constexprs, "constexpr")
-    signature |= dict(cache=pointer, packed=pointer, slots="*i64")
+    signature |= dict(
+        cache=pointer, packed=pointer, cache_2=pointer, packed_2=pointer, slots="*i64"
+    )
     return Variant(
         name=name,
         fn=_copy_rows,
@@ -170,5 +195,5 @@ def _variant(arch, name, dtype, words, vector, *, gather):
         constexprs=constexprs,
         num_warps=num_warps,
         num_stages=1,
-        divisible_by_16=("cache", "packed", "slots"),
+        divisible_by_16=("cache", "packed", "cache_2", "packed_2", "slots"),
     )

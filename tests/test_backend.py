@@ -334,14 +334,14 @@ def test_tensors_that_lie_otherwise_in_each_layer(monkeypatch):
 
 def test_merges_go_by_the_backend(monkeypatch):
     outs, lses = draw((3, 7, 2, 16), (3, 2, 7))
-    part = outs[None, 1].bfloat16(), lses[None, 1]
+    parts = outs[1:, None].bfloat16(), lses[1:, None]
     found = {}
     for name in ("torch", "triton"):
         monkeypatch.setenv("RINGKERN_BACKEND", name)
         with monkeypatch.context() as patch:
             launched = count_launches(patch.setattr)
             state = outs[None, 0].clone(), lses[None, 0].clone()
-            local.Merge(*part)(*state)
+            local.Merge(*parts)(*state)
             found[name] = *ringkern.merge(outs, lses), *state
         assert launched == ({"merge": 1, "merge_": 1} if name == "triton" else {})
     torch.testing.assert_close(found["triton"], found["torch"], rtol=2e-6, atol=2e-6)

@@ -72,7 +72,7 @@ ALLOWED = {
     "guard": set(),
     "upload": set(),
     "room": {"decode_table", "upload"},
-    "program": {"blocks", "local", "plan", "room", "types", "upload"},
+    "program": {"blocks", "local", "plan", "room", "tiles", "types", "upload"},
     "programs": {"blocks", "errors", "plan", "program", "room", "schedule", "tiles", "types"},
     "blocks": {"cost", "plan", "types"},
     "cache": {

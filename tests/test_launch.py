@@ -14,6 +14,7 @@ PROGRAM = '''
 import collections, json, sys
 import ringkern, torch
 from bench.host import NoLink
+from ringkern.kernels import pack
 from ringkern.kernels.launch import Launch
 from ringkern.ring import Ring
 from tests.stub_triton import STREAM, stub_triton
@@ -34,7 +35,8 @@ def compare(launch, *tensors):
     again._run, again._numbers = None, launch._numbers[: -len(launch._constexprs)]
     name = launches[start][0]
     if name == "_copy_rows":  # which Triton sees as words
-        tensors = *(x.flatten(0, -3).flatten(1).view(torch.int32) for x in tensors[:2]), tensors[2]
+        *rows, slots = tensors
+        tensors = *(x.flatten(0, -3).flatten(1).view(torch.int32) for x in rows), slots
     call(again, *tensors)
     (_, ours), (_, tritons) = launches[start:]
     assert ours[3] == STREAM and not any(isinstance(x, torch.Tensor) for x in ours)
@@ -63,8 +65,19 @@ def session(ring, dtype):
                 ring.attn(*qkv, plan, cache=cache, layer=layer, method=method)
 
 
+def copies():
+    """Of K and V of unlike widths, one of a single vector, for which Triton compiles otherwise."""
+    slots = torch.arange(7)
+    for sizes in ((8, 64), (64, 8), (8, 8)):
+        pools, packed = ([torch.zeros(n, 1, d).half() for d in sizes] for n in (50, 7))
+        run = pack.prepare(pools, slots, packed, "out", gather=True)
+        for _ in range(2):
+            run(pools, slots, packed)
+
+
 with stub_triton() as launches:
     Launch.__call__ = compare
+    copies()
     with Ring(NoLink(3), torch.device("cpu")) as ring:
         session(ring, torch.bfloat16)
 json.dump(checked, sys.stdout)

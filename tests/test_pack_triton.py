@@ -68,6 +68,33 @@ def test_gather_and_scatter_move_rows_and_nothing_else(nheads_k, headdim, dtype)
     assert torch.equal(bits(whole), want)
 
 
+@pytest.mark.parametrize("nheads_k, headdims", [(1, (1, 5)), (3, (72, 8)), (8, (64, 128))])
+@EACH_DTYPE
+def test_k_and_v_go_together(nheads_k, headdims, dtype):
+    """Of any two widths, each with strides of its own, by the same slots."""
+    slots = some_slots(50, 21)
+    sources = [noise(50, nheads_k, d, dtype=dtype, seed=d) for d in headdims]
+    caches, _ = zip(*(inside_of(x, dtype, 16 * i) for i, x in enumerate(sources)), strict=True)
+    packed = [torch.zeros(21, 2 * nheads_k, d, dtype=dtype, device=DEVICE) for d in headdims]
+    packed = [x[:, nheads_k:] for x in packed]
+    pack.prepare(caches, slots, packed, "out", gather=True)(caches, slots, packed)
+    for x, source in zip(packed, sources, strict=True):
+        assert torch.equal(bits(x), bits(source)[slots])
+        bits(x).copy_(bits(noise(*x.shape, dtype=dtype, seed=3)))
+    pack.prepare(caches, slots, packed, "x", gather=False)(caches, slots, packed)
+    for x, source, cache in zip(packed, sources, caches, strict=True):
+        want = bits(source).clone()
+        want[slots] = bits(x)
+        assert torch.equal(bits(cache), want)
+
+
+def test_k_and_v_have_as_many_slots():
+    caches = [torch.zeros(n, 1, 8, device=DEVICE) for n in (9, 8)]
+    packed, slots = [torch.zeros(3, 1, 8, device=DEVICE)] * 2, some_slots(8, 3)
+    with pytest.raises(ValueError, match=r"caches: want of as many slots, got \[9, 8\]"):
+        pack.prepare(caches, slots, packed, "out", gather=True)
+
+
 @pytest.mark.parametrize("shift", [0, 1, 2, 3, 4, 8])
 def test_any_alignment(shift):
     """Tensors that begin anywhere: vectors of 16 bytes down to single elements."""

@@ -335,12 +335,15 @@ def count_messages(ring):
 
 @pytest.mark.parametrize("world_size", [3, 4, 6])
 def test_messages_and_exchanges_of_a_call(world_size):
-    """PyTorch counts a forward's all-to-alls: world_size - 1. By method, (messages, exchanges)."""
+    """PyTorch counts a forward's all-to-alls: world_size - 1. By method, (messages, exchanges).
+
+    An answer is two messages, its out and its lse.
+    """
     others = world_size - 1
     for found in run_threads(count_messages, world_size):
         assert found == {
             "pass_kv": (others, others),
-            "pass_q": (2 * others, world_size + 1),  # the returns begin at the third
+            "pass_q": (3 * others, world_size + 1),  # the returns begin at the third
             "gather_kv": (others, 1),
-            "gather_q": (2 * others, 2),
+            "gather_q": (3 * others, 2),
         }

@@ -153,6 +153,17 @@ def test_halves_hold_every_pair_once(q_runs, k_runs, window, causal, cuts):
         assert lo >= (q0 - q1 + 1) * q_stride and hi <= (k1 - k0 - 1) * k_stride
 
 
+@given(st.lists(runs(20), max_size=3, min_size=1), runs(30), WINDOWS)
+def test_spans_of_queries_one_behind_the_other(asking, k_runs, window):
+    """Of any ranks, also of those without queries."""
+    keys, rows = k_runs[:, 3].sum(), [int(table[:, 3].sum()) for table in asking]
+    each = [tiles.make_spans(table, k_runs, *tiles.bounds(False, window)) for table in asking]
+    found = pairs_of_spans(tiles.stack(each, rows), (sum(rows), keys))
+    want = [pairs_of_spans(spans, (n, keys)) for spans, n in zip(each, rows, strict=True)]
+    np.testing.assert_array_equal(found, np.concatenate(want))
+    assert sum(map(len, each)) == len(tiles.stack(each, rows))
+
+
 def test_halves_are_even_where_spans_are_large():
     one = span(64, 4096)
     first, second = tiles.halve(one)

@@ -1,9 +1,11 @@
 """What a call has at hand and on the wire: K and V, queries, and parts (out, lse) of them.
 
-A block is one flat buffer, sent as it is: K then V; or queries; or lse then out. Buffers come from
-a pool that lives as long as the ring, so that layers and calls use the same ones.
+A block travels as it lies in a flat buffer: K then V; or queries; or out, and lse in a message of
+its own. What comes or is computed together lies together, so that one kernel takes it all. Buffers
+come from a pool that lives as long as the ring, so that layers and calls use the same ones.
 """
 
+import itertools
 import math
 
 import torch
@@ -35,6 +37,22 @@ class Pool:
         self._spare.clear()
 
 
+class _Held:
+    """Blocks in one buffer, rank after rank.
+
+    Attributes:
+        dtype: of all but lse.
+        rows: rank -> (first, end) of its tokens.
+        users: how many of the blocks are still held.
+    """
+
+    def __init__(self, buffer: torch.Tensor, tokens: dict[int, int], dtype: torch.dtype):
+        self.buffer, self.tokens, self.dtype = buffer, tokens, dtype
+        self.total, self.users = sum(tokens.values()), len(tokens)
+        ends = list(itertools.accumulate(tokens.values(), initial=0))
+        self.rows = dict(zip(tokens, itertools.pairwise(ends), strict=True))
+
+
 class Blocks:
     """The blocks that a rank holds at one point of its steps, by kind and rank.
 
@@ -51,44 +69,66 @@ class Blocks:
         self._kv_room = kv_room
         self._dtype, self._device = dtype, device
         self._partial_dtype = partial_dtype or torch.float32
-        self._buffers: dict[tuple[str, int], torch.Tensor] = {}
-        self._tokens: dict[tuple[str, int], int] = {}
+        self._held: dict[tuple[str, int], _Held] = {}
 
     def nbytes(self, kind: str, tokens: int) -> int:
         """Return the bytes of a block on the wire."""
-        kind, tokens = "part" if kind == "arrived" else kind, self._sized(kind, tokens)
-        return block_bytes(kind, tokens, self._problem, self._partial_dtype.itemsize)
+        return block_bytes(
+            kind, self._sized(kind, tokens), self._problem, self._partial_dtype.itemsize
+        )
 
     # ---- taking and dropping
 
-    def take(self, kind: str, rank: int, tokens: int) -> None:
-        """Hold a block of so many tokens, not filled yet."""
-        nbytes = self.nbytes(kind, tokens)
-        if kind in ("kv", "q"):  # as large as the largest: any two of a ring can change places
-            nbytes = self.nbytes(kind, self._most(kind))
-        self._hold(kind, rank, tokens, nbytes)
+    def take(self, kind: str, tokens: dict[int, int]) -> None:
+        """Hold what comes from some ranks, so many tokens each, not filled yet.
+
+        Together, but for K and V, and for queries of several batches: one after the other they are
+        no tensor of [batch, tokens, ...].
+        """
+        if kind == "arrived":
+            self._hold_parts(kind, tokens, self._partial_dtype)
+            return
+        most = self.nbytes(kind, self._most(kind))  # so that any two of a ring can change places
+        together = kind == "q" and self._problem.batch == 1
+        for some in [tokens] if together else [{rank: n} for rank, n in tokens.items()]:
+            self._hold(kind, some, len(some) * most, self._dtype)
 
     def drop(self, kind: str, rank: int) -> None:
-        """Give a block's buffer back to the pool, if there is one."""
-        buffer = self._buffers.pop((kind, rank), None)
-        if buffer is not None:
-            self._pool.give(buffer)
+        """Let go of a block, if there is one; its buffer goes back to the pool with the last."""
+        held = self._held.pop((kind, rank), None)
+        if held is not None:
+            held.users -= 1
+            if not held.users:
+                self._pool.give(held.buffer)
 
     def drop_all(self) -> None:
-        for kind, rank in list(self._buffers):
+        for kind, rank in list(self._held):
             self.drop(kind, rank)
+
+    def beside(self, kind: str, rank: int) -> tuple[int, ...]:
+        """Return whose blocks lie in one buffer with a rank's, its own too, in order."""
+        return tuple(self._held[kind, rank].tokens)
 
     # ---- as bytes and as tensors
 
-    def wire(self, kind: str, rank: int) -> torch.Tensor:
-        """Return the bytes of a block as they travel."""
-        return self._buffers[kind, rank][: self.nbytes(kind, self._tokens[kind, rank])]
+    def wire(self, kind: str, rank: int) -> list[torch.Tensor]:
+        """Return the bytes of a block as they travel, by message."""
+        held = self._held[kind, rank]
+        if kind == "kv":
+            return [held.buffer[: self.nbytes(kind, held.total)]]
+        first, end = held.rows[rank]
+        if kind == "q":
+            return [held.buffer[self.nbytes(kind, first) : self.nbytes(kind, end)]]
+        problem = self._problem
+        rows = problem.batch * problem.nheads
+        flat = zip(self._flat_parts(held), (rows * problem.headdim_v, rows), strict=True)
+        return [x[first * size : end * size].view(torch.uint8) for x, size in flat]
 
     def kv(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a rank's K and V, [batch, tokens, nheads_k, headdim(_v)]."""
         problem = self._problem
-        shape = problem.batch, self._tokens["kv", rank], problem.nheads_k
-        flat = self.wire("kv", rank).view(self._dtype)
+        shape = problem.batch, self._held["kv", rank].total, problem.nheads_k
+        flat = self.wire("kv", rank)[0].view(self._dtype)
         k_size = shape[0] * shape[1] * shape[2] * problem.headdim
         return (
             flat[:k_size].view(*shape, problem.headdim),
@@ -96,17 +136,20 @@ class Blocks:
         )
 
     def q(self, rank: int) -> torch.Tensor:
-        """Return a rank's queries, [batch, tokens, nheads, headdim]."""
-        problem = self._problem
-        shape = problem.batch, self._tokens["q", rank], problem.nheads, problem.headdim
-        return self.wire("q", rank).view(self._dtype).view(shape)
+        """Return the queries of the ranks beside(rank), [batch, tokens, nheads, headdim]."""
+        problem, held = self._problem, self._held["q", rank]
+        shape = problem.batch, held.total, problem.nheads, problem.headdim
+        return held.buffer[: self.nbytes("q", held.total)].view(self._dtype).view(shape)
 
-    def make_part(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return room for (out, lse) of a rank's queries against this rank's keys, float32."""
-        tokens = self._plan.num_tokens(rank)
-        rows = self._problem.batch * tokens * self._problem.nheads
-        self._hold("part", rank, tokens, 4 * rows * (self._problem.headdim_v + 1))
-        return self.part("part", rank, torch.float32)
+    def make_parts(self, ranks: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return room for (out, lse) of ranks' queries against this rank's keys, float32.
+
+        out [batch, tokens, nheads, headdim_v], lse [batch, nheads, tokens]; of several ranks only
+        where there is one batch.
+        """
+        tokens = {rank: self._plan.num_tokens(rank) for rank in ranks}
+        self._hold_parts("part", tokens, torch.float32)
+        return self._parts(self._held["part", ranks[0]], self._problem.batch)
 
     def make_out(self, rank: int) -> torch.Tensor | None:
         """Return room for a rank's own output while it is summed up, float32.
@@ -118,35 +161,63 @@ class Blocks:
         problem, tokens = self._problem, self._plan.num_tokens(rank)
         shape = problem.batch, tokens, problem.nheads, problem.headdim_v
         nbytes = 4 * math.prod(shape)
-        self._hold("out", rank, tokens, nbytes)
-        return self._buffers["out", rank][:nbytes].view(torch.float32).view(shape)
+        self._hold("out", {rank: tokens}, nbytes, torch.float32)
+        return self._held["out", rank].buffer[:nbytes].view(torch.float32).view(shape)
 
-    def part(self, kind: str, rank: int, dtype=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (out, lse) of a block, out in the dtype that travels unless one is given."""
-        problem, dtype = self._problem, dtype or self._partial_dtype
-        buffer, tokens = self._buffers[kind, rank], self._tokens[kind, rank]
-        rows = problem.batch * problem.nheads * tokens
-        lse = buffer[: 4 * rows].view(torch.float32)
-        out = buffer[4 * rows : (4 + problem.headdim_v * dtype.itemsize) * rows].view(dtype)
-        out = out.view(problem.batch, tokens, problem.nheads, problem.headdim_v)
-        return out, lse.view(problem.batch, problem.nheads, tokens)
+    def arrived(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what comes from the ranks beside(rank) for the same queries.
+
+        out [ranks, batch, tokens, nheads, headdim_v] in the dtype that travels, lse [ranks, batch,
+        nheads, tokens] float32.
+        """
+        held = self._held["arrived", rank]
+        ranks, batch = len(held.tokens), self._problem.batch
+        return tuple(x.unflatten(0, (ranks, batch)) for x in self._parts(held, ranks * batch))
 
     def cast_part(self, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Put a computed part into the dtype that travels; return what to copy, as (from, to)."""
-        if self._partial_dtype == torch.float32:
+        """Put a computed part into the dtype that travels, and those that lie beside it.
+
+        Returns what to copy, as (from, to); nothing for what has that dtype.
+        """
+        computed = self._held["part", rank]
+        if computed.dtype == self._partial_dtype:
             return []
-        full = self._buffers["part", rank]
-        computed = self.part("part", rank, torch.float32)
-        tokens = self._tokens["part", rank]
-        self._hold("part", rank, tokens, self.nbytes("part", tokens))
-        self._pool.give(full)
-        return list(zip(computed, self.part("part", rank), strict=True))
+        self._hold_parts("part", computed.tokens, self._partial_dtype)
+        self._pool.give(computed.buffer)
+        batch = self._problem.batch
+        travels = self._held["part", rank]
+        return list(zip(self._parts(computed, batch), self._parts(travels, batch), strict=True))
 
     # ---- inside
 
-    def _hold(self, kind, rank, tokens, nbytes):
-        self._buffers[kind, rank] = self._pool.take(nbytes, self._device)
-        self._tokens[kind, rank] = self._sized(kind, tokens)
+    def _hold(self, kind, tokens, nbytes, dtype):
+        tokens = {rank: self._sized(kind, count) for rank, count in tokens.items()}
+        held = _Held(self._pool.take(nbytes, self._device), tokens, dtype)
+        self._held |= {(kind, rank): held for rank in tokens}
+
+    def _hold_parts(self, kind, tokens, dtype):
+        out, lse = self._part_nbytes(sum(tokens.values()), dtype)
+        self._hold(kind, tokens, _padded(out) + lse, dtype)
+
+    def _part_nbytes(self, tokens, dtype):
+        """Return the bytes of out and of lse."""
+        rows = self._problem.batch * self._problem.nheads * tokens
+        return rows * self._problem.headdim_v * dtype.itemsize, 4 * rows
+
+    def _flat_parts(self, held):
+        """Return (out, lse) of parts that lie together, flat."""
+        out, lse = self._part_nbytes(held.total, held.dtype)
+        begin = _padded(out)
+        buffer = held.buffer
+        return buffer[:out].view(held.dtype), buffer[begin : begin + lse].view(torch.float32)
+
+    def _parts(self, held, batch):
+        """Return (out, lse) of parts that lie together, [batch, tokens, nheads, headdim_v] and
+        [batch, nheads, tokens]: lse lies by token, so that each rank's is one piece."""
+        problem = self._problem
+        out, lse = self._flat_parts(held)
+        shape = batch, held.total * problem.batch // batch, problem.nheads
+        return out.view(*shape, problem.headdim_v), lse.view(shape).transpose(1, 2)
 
     def _sized(self, kind, tokens):
         return self._kv_room if kind == "kv" and self._kv_room else tokens
@@ -158,3 +229,8 @@ class Blocks:
         if key not in self._plan.memo:
             self._plan.memo[key] = max(count(r) for r in range(self._plan.world_size))
         return self._plan.memo[key]
+
+
+def _padded(nbytes: int) -> int:
+    """Return where what comes next begins, for kernels that read in vectors."""
+    return -(-nbytes // 16) * 16

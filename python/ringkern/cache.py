@@ -150,8 +150,7 @@ class KVCache:
 
     def store(self, layer: int, slots: torch.Tensor, k, v) -> None:
         """Copy K and V, [1, len(slots), ...], into slots of a layer."""
-        for x, pool in zip((k, v), self._layers[layer], strict=True):
-            self._rows.scatter(x, slots, pool)
+        self._rows.scatter((k, v), slots, self._layers[layer])
 
     def reserve(self, plan: Plan, into: torch.Tensor | None) -> torch.Tensor:
         """Make room for a decode plan that a graph is to run; return the slots of its new tokens.
@@ -221,8 +220,7 @@ class KVCache:
 
         Of slot -1, which only tables of Triton's kernels have, nothing.
         """
-        for pool, out in zip(self._layers[layer], (k_out, v_out), strict=True):
-            self._rows.gather(pool, slots, out)
+        self._rows.gather(self._layers[layer], slots, (k_out, v_out))
 
     def page_table(self, sequence) -> torch.Tensor:
         """Return the sequence's page ids on this rank, int32 [pages], in order."""

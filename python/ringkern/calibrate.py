@@ -121,13 +121,15 @@ def _attention(ring, rows, keys, problem):
     pool, turns = torch.ones(layers, sum(sizes), **here), itertools.cycle(range(layers))
     run = (np.array([[0, 0, 0, count, 1]], dtype=np.int64) for count in (rows, keys))
     spans = tiles.make_spans(*run, tiles.UNBOUNDED, tiles.UNBOUNDED)
-    work = local.prepare(spans, problem, ring.device, ring.backend(problem), rows=rows)
+    backend, layouts = ring.backend(problem), local.Layouts()
+    work = local.prepare(spans, problem, ring.device, backend, rows=rows)
     state = local.make_state(q, problem.headdim_v)
 
     def attend():
         k, v = pool[next(turns)].split(sizes)
         k, v = k.view(k_shape), v.view(v_shape)
-        local.step(q, k, v, *state, work, problem, layout=local.make_layout(q, k, v))
+        layout = layouts.find(q, k, v) if backend == "triton" else None
+        local.step(q, k, v, *state, work, problem, layout=layout)
 
     return attend
 
@@ -136,7 +138,7 @@ def _merge_gb_s(ring, problem, seconds):
     q = torch.randn(1, 512, problem.nheads, problem.headdim_v, device=ring.device)
     state = local.make_state(q, problem.headdim_v)
     part = torch.randn_like(q), torch.zeros(1, problem.nheads, 512, device=ring.device)
-    merge = local.Merge(*part)
+    merge = local.Merge(*(x[None] for x in part))
     us = _mean_us(ring, lambda: merge(*state), seconds)
     return 4 * (q.numel() + part[1].numel()) / us / 1e3
 

@@ -138,9 +138,7 @@ def _prepare_decode(tables, queries, page_size, problem, phase, sequences, longe
     return _Decode(tables, options, phase, {})
 
 
-def step(
-    q, k, v, out, lse, work, problem: Problem, *, sinks=None, result=None, layout=None
-) -> None:
+def step(q, k, v, out, lse, work, problem: Problem, sinks=None, result=None, layout=None) -> None:
     """Add the keys of the spans to the running (out, lse), in place. Shapes as in step_torch.
 
     Args:
@@ -148,7 +146,7 @@ def step(
         sinks: [nheads], in phases "first" and "only": what a state starts from.
         result: of out's shape in q's dtype, written in its place in phases "last" and "only", the
             second of which has no use for out.
-        layout: what make_layout() returned for this call's tensors, where the others are the same
+        layout: what Layouts.find() returned for this call's tensors, where the others are the same
             whenever it is the same: then Triton's kernels are only made ready for the first one,
             and later ones run on the current device, which must be the tensors'.
     """
@@ -203,13 +201,33 @@ def as_sinks(sinks):
     return None if sinks is None else sinks.float().contiguous()
 
 
-def make_layout(*tensors) -> tuple:
-    """Return what Triton's kernels that were made ready for tensors are good for: step()'s layout.
+class Layout:
+    """What Triton's kernels that were made ready for tensors are good for. Itself alone is equal.
 
-    tensors: those of a call that may lie otherwise in the next one, of the same shapes and dtypes.
+    Attributes:
+        aligned: whether kernels take the tensors as they are, without align().
     """
-    where = [None if x is None else (x.stride(), x.data_ptr() % 16) for x in tensors]
-    return *where, _allow_tf32()
+
+    def __init__(self, tensors):
+        self.aligned = all(x is y for x, y in zip(tensors, align(*tensors), strict=True))
+
+
+class Layouts:
+    """Finds layouts of tensors that may lie otherwise in each call, of the same shapes and dtypes."""
+
+    def __init__(self):
+        self._known: dict[tuple, Layout] = {}
+
+    def find(self, *tensors) -> Layout:
+        """Return the layout of tensors; None where there is none."""
+        where = [None if x is None else (x.stride(), x.data_ptr() % 16) for x in tensors]
+        key = *where, _allow_tf32()
+        layout = self._known.get(key)
+        if layout is None:
+            if len(self._known) == MOST_LAYOUTS:
+                self._known.clear()
+            layout = self._known[key] = Layout([x for x in tensors if x is not None])
+        return layout
 
 
 def attend(q, k, v, spans: np.ndarray, problem: Problem, sinks, backend: str):
@@ -262,7 +280,7 @@ def _warn_copy(name: str) -> None:
 
 
 class Rows:
-    """Copies rows from and to the paged pools of a cache, [1, slots, nheads_k, headdim].
+    """Copies rows from and to a layer's paged pools, [1, slots, nheads_k, headdim(_v)].
 
     Of slots, int64 [rows], contiguous. Triton's kernel runs on the current device.
     """
@@ -271,59 +289,65 @@ class Rows:
         self._backend = backend
         self._ready: dict = {}  # what the kernel of Triton was made ready for, and it
 
-    def gather(self, pool, slots, out) -> None:
-        """Write out[0, i] = pool[0, slots[i]]."""
+    def gather(self, pools, slots, outs) -> None:
+        """Write out[0, i] = pool[0, slots[i]], for each of K and V."""
         if self._backend == "triton":
-            self._copy(pool, slots, out, True)
-        else:
+            self._copy(pools, slots, outs, True)
+            return
+        for pool, out in zip(pools, outs, strict=True):
             torch.index_select(pool, 1, slots, out=out)
 
-    def scatter(self, x, slots, pool) -> None:
-        """Write pool[0, slots[i]] = x[0, i]."""
+    def scatter(self, news, slots, pools) -> None:
+        """Write pool[0, slots[i]] = new[0, i], for each of K and V."""
         if self._backend == "triton":
-            self._copy(pool, slots, x, False)
-        else:
-            pool.index_copy_(1, slots, x)
+            self._copy(pools, slots, news, False)
+            return
+        for new, pool in zip(news, pools, strict=True):
+            pool.index_copy_(1, slots, new)
 
-    def _copy(self, pool, slots, packed, gather):
-        offsets = tuple(x.data_ptr() % 16 for x in (pool, slots, packed))
-        key = gather, packed.shape, packed.stride(), offsets
+    def _copy(self, pools, slots, packed, gather):
+        offsets = [x.data_ptr() % 16 for x in (*pools, slots, *packed)]
+        key = gather, len(slots), *offsets, *[x.stride() for x in packed]
         run = self._ready.get(key)
         if run is None:
             from ringkern.kernels import pack
 
-            name = "out" if gather else "x"
-            run = pack.prepare(pool[0], slots, packed[0], name, gather=gather)
+            one_batch = [pool[0] for pool in pools], slots, [x[0] for x in packed]
+            run = pack.prepare(*one_batch, "out" if gather else "x", gather=gather)
             if len(self._ready) == MOST_LAYOUTS:
                 self._ready.clear()
             self._ready[key] = run
-        run(pool, slots, packed)  # of one batch: their addresses
+        run(pools, slots, packed)  # of one batch: their addresses
 
 
 class Merge:
-    """Merges a part into states that are contiguous and of one shape.
+    """Merges parts into states that are contiguous and of one shape.
 
     Args:
-        out, lse: the part, which may hold another one in each call; out of any dtype.
+        outs, lses: the parts, [parts, ...], which may hold others in each call; outs of any dtype.
     """
 
-    def __init__(self, out, lse):
-        self._part, self._run = (out, lse), None
+    def __init__(self, outs, lses):
+        self._parts, self._run = (outs, lses), None
 
     def __call__(self, out, lse) -> None:
-        """Merge it into (out, lse), float32, in place; by Triton on the current device."""
+        """Merge them into (out, lse), float32, in place; by Triton on the current device."""
         if self._run is None:
             self._run = self._make_ready(out, lse)
-        self._run(out, lse, *self._part)
+        self._run(*self._parts, out, lse)
 
     def _make_ready(self, out, lse):
         merging = _merging(out.shape[-1], out.dtype)
         if pick_backend("auto", out.device, merging, "merge") != "triton":
-            return lambda out, lse, *part: step_torch.merge_(out, lse, part[0].float(), part[1])
+            return _merge_each
         from ringkern.kernels import merge as kernel
 
-        run = kernel.prepare(*(x[None] for x in self._part), out, lse, seeded=True)
-        return lambda out, lse, *part: run(*part, out, lse)
+        return kernel.prepare(*self._parts, out, lse, seeded=True)
+
+
+def _merge_each(outs, lses, out, lse):
+    for part_out, part_lse in zip(outs, lses, strict=True):
+        step_torch.merge_(out, lse, part_out.float(), part_lse)
 
 
 def merge(outs, lses):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ringkern import local
+from ringkern import local, tiles
 from ringkern.blocks import Blocks, Pool
 from ringkern.plan import Plan
 from ringkern.room import Room, Share, Tables
@@ -19,7 +19,10 @@ PHASES[True, True] = "only"
 
 
 class _Work(NamedTuple):
-    """One local computation. None stands for what is another in every call."""
+    """One local computation: a types.Work, or several whose queries lie together.
+
+    None stands for what is another in every call.
+    """
 
     q: torch.Tensor | None  # this rank's queries
     kv: tuple[torch.Tensor, torch.Tensor] | None  # this rank's K and V
@@ -27,9 +30,9 @@ class _Work(NamedTuple):
     sinks: bool  # whether the state starts here, from the sinks
     task: object  # as local.prepare() returns it
     share: Share | None  # of the tables, where retarget() tells the pages
-    q_rank: int  # and the others: as in types.Work
+    q_ranks: list[int]
     kv_rank: int
-    half: int
+    half: int  # as in types.Work
 
 
 class _Ready(NamedTuple):
@@ -42,7 +45,7 @@ class _Ready(NamedTuple):
     own_q: bool  # whether any message is this rank's queries
     casts: list[tuple[torch.Tensor, torch.Tensor]]  # (from, to), before the messages are posted
     works: list[_Work]
-    merges: list[local.Merge]  # of parts that have come
+    merge: local.Merge | None  # of the parts that have come
     nbytes: int  # sent
     planned: int  # bytes that the plan says are sent
 
@@ -78,6 +81,7 @@ class Program:
         self._plan, self._problem, self._rank = plan, problem, rank
         self._device, self._backend = device, backend
         self._page_size = page_size
+        self._layouts = local.Layouts()
         # What changes the state of this rank's queries, in order: its work, and parts that come.
         changes = [
             change
@@ -100,7 +104,7 @@ class Program:
                 rows = [plan.num_tokens(work.q_rank) for step in schedule for work in step.work]
                 self._tables = Tables(rows, room.pages, device)
             if ("kv", rank) in sent:
-                blocks.take("kv", rank, plan.kv_tokens(rank))
+                blocks.take("kv", {rank: plan.kv_tokens(rank)})
                 self.kv_room = blocks.kv(rank)
                 if room:
                     self.kv_slots = torch.empty(kv_room, dtype=torch.int64, device=device)
@@ -110,69 +114,83 @@ class Program:
         blocks.drop_all()
 
     def _make_ready(self, step: Step, blocks: Blocks) -> _Ready:
-        casts, sends, recvs = [], [], []
+        casts, sends, recvs, coming = [], [], [], {}
         for move in step.sends:
             if move.kind == "part":
                 casts += blocks.cast_part(move.rank)
-            own = move.kind == "q" and move.rank == self._rank
-            sends.append((move.peer, None if own else blocks.wire(move.kind, move.rank)))
+            if move.kind == "q" and move.rank == self._rank:
+                sends.append((move.peer, None, blocks.nbytes("q", move.tokens)))
+                continue
+            sends += [(move.peer, x, x.numel()) for x in blocks.wire(move.kind, move.rank)]
         for move in step.recvs:
-            blocks.take(*self._received(move), move.tokens)
-            recvs.append((move.peer, blocks.wire(*self._received(move))))
-        works = [self._make_work(work, blocks) for work in step.work]
-        arrived = [m.peer for m in step.recvs if m.kind == "part"]
-        merges = [local.Merge(*blocks.part("arrived", peer)) for peer in arrived]
+            kind, rank = self._received(move)
+            coming.setdefault(kind, {})[rank] = move.tokens
+        for kind, tokens in coming.items():
+            blocks.take(kind, tokens)
+        for move in step.recvs:
+            recvs += [(move.peer, x) for x in blocks.wire(*self._received(move))]
+        works = [self._make_work(some, blocks) for some in self._together(step.work, blocks)]
+        arrived = list(coming.get("arrived", ()))
+        merge = local.Merge(*blocks.arrived(arrived[0])) if arrived else None
         for peer in arrived:
             blocks.drop("arrived", peer)
         for block in step.drops:
             blocks.drop(*block)
-        nbytes = [blocks.nbytes(move.kind, move.tokens) for move in step.sends]
         return _Ready(
             step.index,
-            [
-                (peer, None if x is None else x.data_ptr(), n)
-                for (peer, x), n in zip(sends, nbytes, strict=True)
-            ],
+            [(peer, None if x is None else x.data_ptr(), n) for peer, x, n in sends],
             [(peer, x.data_ptr(), x.numel()) for peer, x in recvs],
-            [x for _, x in (*sends, *recvs) if x is not None],
-            any(x is None for _, x in sends),
+            [x for _, x, *_ in (*sends, *recvs) if x is not None],
+            any(x is None for _, x, _ in sends),
             casts,
             works,
-            merges,
-            sum(n if x is None else x.numel() for (_, x), n in zip(sends, nbytes, strict=True)),
-            sum(nbytes),
+            merge,
+            sum(n for _, _, n in sends),
+            sum(blocks.nbytes(move.kind, move.tokens) for move in step.sends),
         )
 
     def _received(self, move):
         """Return (kind, rank) under which a block that comes is held: parts by who sent them."""
         return ("arrived", move.peer) if move.kind == "part" else (move.kind, move.rank)
 
-    def _make_work(self, work, blocks):
+    def _together(self, works, blocks):
+        """Return lists of works, each for one kernel: of other ranks' queries that lie together."""
+        found = {}
+        for work in works:
+            mine = work.q_rank == self._rank
+            key = id(work) if mine else blocks.beside("q", work.q_rank)
+            found.setdefault(key, []).append(work)
+        return found.values()
+
+    def _make_work(self, works, blocks):
+        work, ranks = works[0], [work.q_rank for work in works]
         mine, stays = work.q_rank == self._rank, work.kv_rank == self._rank
         begins = work is self._first or not mine
         ends = work is self._last and self._writes_result
-        task, share = self._prepare(work, stays, PHASES[begins, ends])
+        task, share = self._prepare(works, stays, PHASES[begins, ends])
         return _Work(
             None if mine else blocks.q(work.q_rank),
             None if stays else blocks.kv(work.kv_rank),
-            None if mine else blocks.make_part(work.q_rank),
+            None if mine else blocks.make_parts(ranks),
             mine and begins,
             task,
             share,
-            work.q_rank,
+            ranks,
             work.kv_rank,
             work.half,
         )
 
-    def _prepare(self, work, stays, phase):
-        rows = self._plan.num_tokens(work.q_rank)
+    def _prepare(self, works, stays, phase):
+        counts = [self._plan.num_tokens(work.q_rank) for work in works]
+        rows = sum(counts)
         if self._tables:
             share = self._tables.take(rows)
             options = dict(page_size=self._page_size, phase=phase)
             return local.prepare_room(share, self._problem, **options), share
+        spans = tiles.stack([work.spans for work in works], counts)
         where = self._problem, self._device, self._backend
         page_size = self._page_size if stays else None
-        return local.prepare(work.spans, *where, rows=rows, page_size=page_size, phase=phase), None
+        return local.prepare(spans, *where, rows=rows, page_size=page_size, phase=phase), None
 
     def retarget(self, plan: Plan, held) -> None:
         """Compute a plan from now on, where the program was made with room, in place.
@@ -190,18 +208,18 @@ class Program:
             return np.flatnonzero(plan.all_counts()[:, q_rank])
 
         @functools.cache
-        def whole(q_rank, kv_rank):
+        def whole(kv_rank, *q_ranks):
             rows = held(kv_rank) if kv_rank == self._rank else held(kv_rank).pack(size)
-            return rows.take(asking(q_rank))
+            return rows.take(np.concatenate([asking(q_rank) for q_rank in q_ranks]))
 
         @functools.cache
-        def parts(q_rank, kv_rank):
-            rows = whole(q_rank, kv_rank)
+        def parts(kv_rank, *q_ranks):
+            rows = whole(kv_rank, *q_ranks)
             return dict(zip((FIRST_HALF, SECOND_HALF), rows.halve(size), strict=True))
 
         for work in (work for step in self._steps for work in step.works):
-            pair = work.q_rank, work.kv_rank
-            work.share.fill(whole(*pair) if work.half == WHOLE else parts(*pair)[work.half])
+            ranks = work.kv_rank, *work.q_ranks
+            work.share.fill(whole(*ranks) if work.half == WHOLE else parts(*ranks)[work.half])
         self._tables.send()
         if self.kv_slots is not None:
             slots = np.full(len(self.kv_slots), -1, dtype=np.int64)
@@ -229,10 +247,12 @@ class Program:
         result = q.new_empty(batch, rows, nheads, problem.headdim_v)
         lse = q.new_empty(batch, nheads, rows, dtype=torch.float32)
         out = result if self._out is None else self._out
-        if self._backend == "triton":  # once, where each step would
-            q, *own_kv = local.align(q, *own_kv, say="qkv")
+        layout = None
+        if self._backend == "triton":
             sinks = local.as_sinks(sinks)
-        layout = local.make_layout(q, *own_kv, sinks)
+            layout = self._layouts.find(q, *own_kv, sinks)
+            if not layout.aligned:  # copied once, where each step would
+                q, *own_kv = local.align(q, *own_kv, say="qkv")
         if not isinstance(self._first, Work):
             local.clear_state(out, lse, sinks)
         for step in self._steps:
@@ -252,17 +272,16 @@ class Program:
                 began = now()
                 operands = q if work.q is None else work.q, *(work.kv or own_kv)
                 state, seed = work.state or (out, lse), sinks if work.sinks else None
-                given = dict(sinks=seed, result=result, layout=layout)
-                local.step(*operands, *state, work.task, problem, **given)
+                local.step(*operands, *state, work.task, problem, seed, result, layout)
                 stats.add("attend", step.index, began, now())
             if ticket:
                 began = now()
                 times = ticket.wait()
                 stats.add("wait", step.index, began, now())
                 stats.add("exchange", step.index, *times, step.nbytes)
-            for merge in step.merges:
+            if step.merge:
                 began = now()
-                merge(out, lse)
+                step.merge(out, lse)
                 stats.add("merge", step.index, began, now())
         if out is not result and not self._writes_result:
             result.copy_(out)

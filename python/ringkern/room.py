@@ -44,7 +44,7 @@ class Tables:
     moves. No row has a key until it is told of some.
 
     Args:
-        rows: of each work that will take() its share.
+        rows: of each work; several whose queries lie together take() one share.
         pages: of a row at most; a multiple of ALIGNED.
     """
 

@@ -212,6 +212,17 @@ def halve(spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([spans[:at], first]), np.concatenate([second, spans[at + 1 :]])
 
 
+def stack(tables: list[np.ndarray], rows: list[int]) -> np.ndarray:
+    """Return the spans of tables as of one query tensor, in which theirs lie one behind the other.
+
+    rows: of the query tensor of each table.
+    """
+    first = np.cumsum([0, *rows[:-1]])
+    spans = np.concatenate(tables)
+    spans[:, :2] += np.repeat(first, [len(table) for table in tables])[:, None]
+    return spans
+
+
 def _below(spans, column, more):
     """Count the pairs with j - i <= spans[column] + more."""
     q_length, k_length = spans[:, 1] - spans[:, 0], spans[:, 3] - spans[:, 2]
