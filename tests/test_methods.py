@@ -6,6 +6,7 @@ import torch
 from close import assert_close, assert_lse_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ringkern import program
 from ringkern.kernels import reference
 from ringkern.launch import launch
 from ringkern.schedule import METHODS
@@ -134,7 +135,10 @@ def agree(ring, lengths):
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 @pytest.mark.parametrize("lengths", [(1534, 161, 353), (1, 1), (2,), (7, 300)])
-def test_methods_agree(world_size, lengths):
+@pytest.mark.parametrize("at_once", [0, program.AT_ONCE], ids=["each", "together"])
+def test_methods_agree(world_size, lengths, at_once, monkeypatch):
+    """Also where parts are merged as they come, as large ones are."""
+    monkeypatch.setattr(program, "AT_ONCE", at_once)
     for outs in run_threads(agree, world_size, lengths):
         for out in outs[1:]:
             torch.testing.assert_close(out, outs[0], rtol=0, atol=2e-6)

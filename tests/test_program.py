@@ -3,7 +3,7 @@
 import pytest
 import ringkern
 import torch
-from ringkern import local
+from ringkern import local, program
 from ringkern.problem import make_problem
 from ringkern.ring import Ring
 
@@ -18,7 +18,10 @@ WORLD = 5
     # Own work in halves, and at once what is asked of the others, or theirs one by one.
     [("gather_q", 3, 1), ("pass_q", 2 + WORLD - 1, WORLD - 1), ("pass_kv", WORLD, 0)],
 )
-def test_what_comes_together_goes_together(monkeypatch, batch, method, steps, merges):
+@pytest.mark.parametrize("small", [False, True])
+def test_what_comes_together_goes_together(monkeypatch, batch, method, steps, merges, small):
+    if not small:
+        monkeypatch.setattr(program, "AT_ONCE", 0)
     counts = dict(step=0, merge=0)
 
     def count(name):
@@ -38,4 +41,4 @@ def test_what_comes_together_goes_together(monkeypatch, batch, method, steps, me
         ring.run(q, k, v, plan, problem, method=method)
     if method == "gather_q" and batch > 1:  # one behind the other they are no batch
         steps += WORLD - 2
-    assert counts == dict(step=steps, merge=merges)
+    assert counts == dict(step=steps, merge=min(merges, 1) if small else merges)

@@ -105,6 +105,9 @@ class Blocks:
         for kind, rank in list(self._held):
             self.drop(kind, rank)
 
+    def holds(self, kind: str, rank: int) -> bool:
+        return (kind, rank) in self._held
+
     def beside(self, kind: str, rank: int) -> tuple[int, ...]:
         """Return whose blocks lie in one buffer with a rank's, its own too, in order."""
         return tuple(self._held[kind, rank].tokens)

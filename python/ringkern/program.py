@@ -16,6 +16,9 @@ from ringkern.upload import upload
 # Of a step, by whether a state begins with it, and whether it ends.
 PHASES = {(True, False): "first", (False, False): "middle", (False, True): "last"}
 PHASES[True, True] = "only"
+AT_ONCE = (
+    4 << 20
+)  # bytes of parts, up to which they wait for each other, to be merged by one kernel
 
 
 class _Work(NamedTuple):
@@ -45,7 +48,7 @@ class _Ready(NamedTuple):
     own_q: bool  # whether any message is this rank's queries
     casts: list[tuple[torch.Tensor, torch.Tensor]]  # (from, to), before the messages are posted
     works: list[_Work]
-    merge: local.Merge | None  # of the parts that have come
+    merge: local.Merge | None  # of parts that have come
     nbytes: int  # sent
     planned: int  # bytes that the plan says are sent
 
@@ -110,6 +113,7 @@ class Program:
                     self.kv_slots = torch.empty(kv_room, dtype=torch.int64, device=device)
             # The running out; None where the call's own result is that, or nothing runs on.
             self._out = blocks.make_out(rank)
+            self._merged = _merged(schedule, blocks)
             self._steps = [self._make_ready(step, blocks) for step in schedule]
         blocks.drop_all()
 
@@ -124,13 +128,16 @@ class Program:
             sends += [(move.peer, x, x.numel()) for x in blocks.wire(move.kind, move.rank)]
         for move in step.recvs:
             kind, rank = self._received(move)
-            coming.setdefault(kind, {})[rank] = move.tokens
+            if kind != "arrived":
+                coming.setdefault(kind, {})[rank] = move.tokens
+            elif not blocks.holds(kind, rank):
+                coming[kind] = next(some for some in self._merged.values() if rank in some)
         for kind, tokens in coming.items():
             blocks.take(kind, tokens)
         for move in step.recvs:
             recvs += [(move.peer, x) for x in blocks.wire(*self._received(move))]
         works = [self._make_work(some, blocks) for some in self._together(step.work, blocks)]
-        arrived = list(coming.get("arrived", ()))
+        arrived = list(self._merged.get(step.index, ()))
         merge = local.Merge(*blocks.arrived(arrived[0])) if arrived else None
         for peer in arrived:
             blocks.drop("arrived", peer)
@@ -268,21 +275,39 @@ class Program:
             stats.steps += 1
             stats.bytes_sent += step.nbytes
             stats.bytes_planned += step.planned
+            began = now()
             for work in step.works:
-                began = now()
                 operands = q if work.q is None else work.q, *(work.kv or own_kv)
                 state, seed = work.state or (out, lse), sinks if work.sinks else None
                 local.step(*operands, *state, work.task, problem, seed, result, layout)
-                stats.add("attend", step.index, began, now())
+                ended = now()
+                stats.add("attend", step.index, began, ended)
+                began = ended
             if ticket:
-                began = now()
                 times = ticket.wait()
-                stats.add("wait", step.index, began, now())
+                ended = now()
+                stats.add("wait", step.index, began, ended)
                 stats.add("exchange", step.index, *times, step.nbytes)
+                began = ended
             if step.merge:
-                began = now()
                 step.merge(out, lse)
                 stats.add("merge", step.index, began, now())
         if out is not result and not self._writes_result:
             result.copy_(out)
         return result, lse
+
+
+def _merged(schedule, blocks) -> dict[int, dict[int, int]]:
+    """Return which parts are merged in which steps: {step: {who sent it: tokens}}.
+
+    Those of a step together; small ones all in the last one, as kernels take their time by number.
+    """
+    each = {
+        step.index: {move.peer: move.tokens for move in step.recvs if move.kind == "part"}
+        for step in schedule
+    }
+    each = {index: parts for index, parts in each.items() if parts}
+    whole = {peer: tokens for parts in each.values() for peer, tokens in parts.items()}
+    if sum(blocks.nbytes("part", tokens) for tokens in whole.values()) > AT_ONCE:
+        return each
+    return {max(each): whole} if each else {}

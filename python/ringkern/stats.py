@@ -83,12 +83,15 @@ class Stats:
 
     def add(self, name: str, step: int, start: int, end: int, nbytes: int = 0) -> None:
         """Record an event of the call that begin() began; times as now() gives them."""
-        totals = self._totals
-        while step >= len(totals):
-            totals.append([0] * (_BYTES + 1))
-        row = totals[step]
+        try:
+            row = self._totals[step]
+        except IndexError:
+            more = step + 1 - len(self._totals)
+            self._totals += ([0] * (_BYTES + 1) for _ in range(more))
+            row = self._totals[step]
         row[_COLUMN[name]] += end - start
-        row[_BYTES] += nbytes
+        if nbytes:
+            row[_BYTES] += nbytes
         self.recorded += 1
         self._events.append((name, self.calls, step, start, end, nbytes, self._method))
 
