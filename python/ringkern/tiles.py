@@ -217,6 +217,8 @@ def stack(tables: list[np.ndarray], rows: list[int]) -> np.ndarray:
 
     rows: of the query tensor of each table.
     """
+    if len(tables) == 1:
+        return tables[0]
     first = np.cumsum([0, *rows[:-1]])
     spans = np.concatenate(tables)
     spans[:, :2] += np.repeat(first, [len(table) for table in tables])[:, None]
